@@ -1,0 +1,341 @@
+"""The GEMMs of the fused head, chunk by chunk, around the row kernel of whichever backend runs.
+
+Logits are never rounded to 16 bits: a bf16 logit moves a log-probability by up to 0.015, a visible importance ratio.
+CUDA multiplies bf16 into float32; the CPU has no such GEMM and multiplies float32 slabs of the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.kernels.dispatch import implementation
+from rlhf_fast.kernels.logprobs import check_labels
+from rlhf_fast.kernels.registry import register
+from rlhf_fast.kernels.segments import promote
+
+# what the forward pass keeps for the backward pass
+KEEP_NOTHING, KEEP_VECTOR, KEEP_VECTORS, KEEP_ROWS = range(4)
+
+_CUDA_CHUNK_BYTES = 850_000_000  # logits and gradient rows of one chunk
+_CPU_CHUNK_BYTES = 32 << 20
+_CPU_SLAB_BYTES = 8 << 20  # float32 copy of a slab of a 16-bit head
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How large the (N, V) gradient rows kept for a trainable head may be.
+
+    A share of the device's memory, not of what is free now: the same call gives the same bits at any time.
+    """
+    return torch.cuda.get_device_properties(device).total_memory // 32 if device.type == "cuda" else 1 << 30
+
+
+def choose_chunk_size(hidden: Tensor, weight: Tensor) -> int:
+    """How many rows' logits exist at a time."""
+    (vocab_size, width), num_rows = weight.shape, len(hidden)
+    if hidden.device.type != "cuda":
+        return max(1, min(num_rows, max(64, _CPU_CHUNK_BYTES // (vocab_size * promote(hidden[:0]).element_size()))))
+    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    limit = _CUDA_CHUNK_BYTES // (vocab_size * (4 + hidden.element_size()))
+    return fill_processors(max(128, min(num_rows, limit)), width, processors)
+
+
+def fill_processors(limit: int, width: int, processors: int) -> int:
+    """The chunk, a multiple of 128 rows up to ``limit``, whose (rows, width) GEMM leaves the fewest SMs idle.
+
+    With tiles of 128 x 256, as cuBLAS chooses: 1024 rows of width 4096 keep 97% of 132 SMs busy, 1536 only 73%.
+    """
+
+    def idle_share(rows: int) -> tuple[float, int]:
+        tiles = rows // 128 * -(-width // 256)
+        waves = -(-tiles // processors)
+        return round(1 - tiles / (waves * processors), 2), -rows
+
+    return min(range(128, max(limit, 128) + 1, 128), key=idle_share)
+
+
+def _outputs(hidden, weight, labels, keep) -> tuple[Tensor, ...]:
+    work = promote(hidden[:0]).dtype
+    n, width = hidden.shape
+    sizes = (
+        (n if keep in (KEEP_VECTOR, KEEP_VECTORS) else 0, width),
+        (n if keep == KEEP_VECTORS else 0, width),
+        (n if keep == KEEP_ROWS else 0, len(weight)),
+    )
+    per_row = (torch.empty(n, dtype=dtype, device=hidden.device) for dtype in (work, work, torch.float64))
+    return *per_row, *(torch.empty(size, dtype=hidden.dtype, device=hidden.device) for size in sizes)
+
+
+_OPTIONS = "float temperature, float? softcap, float logit_scale, int ignore_index, int chunk_size"
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
+
+
+@register(
+    f"linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, int keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda hidden, weight, labels, *rest: _outputs(hidden, weight, labels, rest[-1]),
+)
+def forward(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, chunk_size, keep):
+    """Return logprobs, entropy, lse (N,), the latter in float64; d logprob / d hidden and d entropy / d hidden (N, D); onehot - p (N, V)."""
+    check_labels(labels, len(weight), ignore_index)
+    outputs = _outputs(hidden, weight, labels, keep)
+    *per_row, vector, entropy_vector, kept_rows = outputs
+    gemm = _Gemm(hidden, weight, bias, chunk_size)
+    options = (temperature, softcap, ignore_index, logit_scale)
+    for chunk in gemm.chunks():
+        logits = gemm.logits(chunk)
+        # the gradient of the entropy needs the logits once more, so they must not be overwritten yet
+        rows = gemm.rows(chunk, spare_logits=keep == KEEP_VECTORS) if keep != KEEP_NOTHING else None
+        results = _head_rows(logits, labels[chunk], *options, rows)
+        for out, result in zip(per_row, results):
+            out[chunk] = result
+        if keep == KEEP_ROWS:
+            kept_rows[chunk] = rows
+        if keep in (KEEP_VECTOR, KEEP_VECTORS):
+            vector[chunk] = gemm.times_weight(rows)
+        if keep == KEEP_VECTORS:
+            _, entropy, lse = results
+            zeros, ones = torch.zeros_like(entropy), torch.ones_like(entropy)
+            _gradient_rows(logits, labels[chunk], lse, entropy, zeros, ones, *options, rows)
+            entropy_vector[chunk] = gemm.times_weight(rows)
+    return outputs
+
+
+def _fake_gradients(hidden, weight, needs) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = needs
+    work = promote(hidden[:0]).dtype
+    return (
+        torch.empty((len(hidden) if need_hidden else 0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device),
+        torch.empty((len(weight) if need_weight else 0, hidden.shape[1]), dtype=weight.dtype, device=hidden.device),
+        torch.empty(len(weight) if need_bias else 0, dtype=work, device=hidden.device),
+    )
+
+
+@register(
+    "linear_logprobs_backward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, Tensor entropy, "
+    f"Tensor grad_logprobs, Tensor? grad_entropy, {_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, *rest: _fake_gradients(hidden, weight, rest[-3:]),
+)
+def backward(
+    hidden,
+    weight,
+    labels,
+    bias,
+    lse,
+    entropy,
+    grad_logprobs,
+    grad_entropy,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    chunk_size,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    """Make the logits again and return the gradients of hidden, weight and bias; empty where not needed."""
+    gemm = _Gemm(hidden, weight, bias, chunk_size)
+    gradients = _Gradients(gemm, need_hidden, need_weight, need_bias)
+    scale = _fp16_scale(hidden, grad_logprobs, grad_entropy)
+    options = (temperature, softcap, ignore_index, logit_scale)
+    for chunk in gemm.chunks():
+        logits, rows = gemm.logits(chunk), gemm.rows(chunk)
+        grad_e = None if grad_entropy is None else grad_entropy[chunk] / scale
+        grad = grad_logprobs[chunk] / scale
+        _gradient_rows(logits, labels[chunk], lse[chunk], entropy[chunk], grad, grad_e, *options, rows)
+        keep = (labels[chunk] != ignore_index)[:, None]
+        # an ignored row of hidden may be NaN, which its zero gradient row would not cancel
+        gradients.add(chunk, rows, torch.where(keep, hidden[chunk], 0.0))
+    return gradients.finish(scale)
+
+
+@register(
+    "linear_logprobs_backward_from_rows(Tensor rows, Tensor hidden, Tensor weight, Tensor labels, Tensor "
+    f"grad_logprobs, int ignore_index, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    lambda rows, hidden, weight, *rest: _fake_gradients(hidden, weight, rest[-3:]),
+)
+def backward_from_rows(rows, hidden, weight, labels, grad_logprobs, ignore_index, need_hidden, need_weight, need_bias):
+    """The same from onehot - p (N, V), kept in the forward pass: two GEMMs instead of three."""
+    gemm = _Gemm(hidden, weight, None, max(1, len(hidden)))
+    gradients = _Gradients(gemm, need_hidden, need_weight, need_bias)
+    scale = _fp16_scale(hidden, grad_logprobs, None)
+    grad = (grad_logprobs / scale)[:, None]
+    if len(hidden):
+        gradients.add(slice(None), rows, _scaled(hidden, grad, labels, ignore_index), grad)
+    return gradients.finish(scale)
+
+
+@register(
+    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor factor, "
+    f"{_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda hidden, weight, labels, bias, factor, *rest: (
+        torch.empty((), dtype=promote(hidden[:0]).dtype, device=hidden.device),
+        *_fake_gradients(hidden, weight, rest[-3:]),
+    ),
+)
+def summed_cross_entropy(
+    hidden,
+    weight,
+    labels,
+    bias,
+    factor,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    chunk_size,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    """Return sum(factor * cross entropy) and its gradients; no (N, V) or (N, D) tensor is kept besides them."""
+    check_labels(labels, len(weight), ignore_index)
+    gemm = _Gemm(hidden, weight, bias, chunk_size)
+    gradients = _Gradients(gemm, need_hidden, need_weight, need_bias)
+    loss = torch.zeros((), dtype=promote(hidden[:0]).dtype, device=hidden.device)
+    scale = _fp16_scale(hidden, factor, None)
+    for chunk in gemm.chunks():
+        logits, rows = gemm.logits(chunk), gemm.rows(chunk)
+        results = _head_rows(logits, labels[chunk], temperature, softcap, ignore_index, logit_scale, rows)
+        loss -= (factor[chunk] * results[0]).sum()
+        grad = (-factor[chunk] / scale)[:, None]
+        gradients.add(chunk, rows, _scaled(hidden[chunk], grad, labels[chunk], ignore_index), grad)
+    return loss, *gradients.finish(scale)
+
+
+class _Gemm:
+    """The V-sized products of one call, and the buffers that its chunks share."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int):
+        self.hidden, self.weight, self.chunk_size = hidden, weight, chunk_size
+        self.work = promote(hidden[:0]).dtype
+        self.bias = None if bias is None else bias.to(self.work)
+        self.narrow = hidden.dtype != self.work
+        # 16-bit gradient rows where the GEMM takes them, working precision otherwise
+        self.rows_dtype = hidden.dtype if self.narrow and hidden.is_cuda else self.work
+        self._buffers: dict[str, Tensor] = {}
+
+    def chunks(self) -> list[slice]:
+        n = len(self.hidden)
+        return [slice(start, min(start + self.chunk_size, n)) for start in range(0, n, self.chunk_size)]
+
+    def logits(self, chunk: slice) -> Tensor:
+        """hidden @ weight^T + bias in working precision, (n, V)."""
+        hidden = self.hidden[chunk]
+        out = self._buffer("logits", len(hidden), self.work)
+        with _no_autocast(hidden):
+            if not self.narrow:
+                torch.mm(hidden, self.weight.t(), out=out)
+            elif hidden.is_cuda:
+                torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+            else:
+                hidden = hidden.float()
+                for slab in self._slabs():
+                    torch.mm(hidden, self.weight[slab].float().t(), out=out[:, slab])
+        return out if self.bias is None else out.add_(self.bias)
+
+    def rows(self, chunk: slice, spare_logits: bool = False) -> Tensor:
+        """Where the gradient rows of a chunk go: over its logits where the dtype allows."""
+        name = "logits" if self.rows_dtype == self.work and not spare_logits else "rows"
+        return self._buffer(name, len(self.hidden[chunk]), self.rows_dtype)
+
+    def times_weight(self, rows: Tensor) -> Tensor:
+        """rows @ weight in working precision, (n, D)."""
+        with _no_autocast(rows):
+            if not self.narrow:
+                return torch.mm(rows, self.weight)
+            if rows.is_cuda:
+                return torch.mm(rows, self.weight, out_dtype=torch.float32)
+            total = rows.new_zeros((len(rows), self.weight.shape[1]), dtype=torch.float32)
+            for slab in self._slabs():
+                total.addmm_(rows[:, slab].float(), self.weight[slab].float())
+            return total
+
+    def add_outer(self, total: Tensor, rows: Tensor, hidden: Tensor) -> None:
+        """total (V, D) += rows^T @ hidden, in working precision."""
+        with _no_autocast(rows):
+            if not self.narrow:
+                total.addmm_(rows.t(), hidden)
+            elif rows.is_cuda:
+                torch.addmm(total, rows.t(), hidden, out_dtype=torch.float32, out=total)
+            else:
+                hidden = hidden.float()
+                for slab in self._slabs():
+                    total[slab].addmm_(rows[:, slab].float().t(), hidden)
+
+    def _slabs(self) -> list[slice]:
+        vocab_size, width = self.weight.shape
+        size = max(1, _CPU_SLAB_BYTES // (4 * width))
+        return [slice(start, start + size) for start in range(0, vocab_size, size)]
+
+    def _buffer(self, name: str, n: int, dtype: torch.dtype) -> Tensor:
+        if name not in self._buffers:
+            size = (min(self.chunk_size, len(self.hidden)), len(self.weight))
+            self._buffers[name] = torch.empty(size, dtype=dtype, device=self.hidden.device)
+        return self._buffers[name][:n]
+
+
+class _Gradients:
+    """Gradients of hidden, weight and bias, summed over chunks; empty where not needed."""
+
+    def __init__(self, gemm: _Gemm, need_hidden: bool, need_weight: bool, need_bias: bool):
+        hidden, weight = gemm.hidden, gemm.weight
+        self.gemm, self.need_hidden, self.need_weight, self.need_bias = gemm, need_hidden, need_weight, need_bias
+        self.hidden = hidden.new_empty((len(hidden) if need_hidden else 0, hidden.shape[1]), dtype=gemm.work)
+        self.weight = hidden.new_zeros((len(weight) if need_weight else 0, hidden.shape[1]), dtype=gemm.work)
+        self.bias = hidden.new_zeros(len(weight) if need_bias else 0, dtype=gemm.work)
+
+    def add(self, chunk: slice, rows: Tensor, hidden: Tensor, grad: Tensor | None = None) -> None:
+        """Add the gradients through ``rows``, whose token factors are ``grad`` (n, 1) and already in ``hidden``."""
+        if self.need_hidden:
+            d_hidden = self.gemm.times_weight(rows)
+            self.hidden[chunk] = d_hidden if grad is None else grad * d_hidden
+        if self.need_weight:
+            self.gemm.add_outer(self.weight, rows, hidden)
+        if self.need_bias:
+            self.bias += (rows if grad is None else grad * rows).sum(0, dtype=self.gemm.work)
+
+    def finish(self, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(scale, Tensor):
+            self.hidden, self.weight, self.bias = self.hidden * scale, self.weight * scale, self.bias * scale
+        return self.hidden.to(self.gemm.hidden.dtype), self.weight.to(self.gemm.weight.dtype), self.bias
+
+
+def _head_rows(logits, labels, temperature, softcap, ignore_index, logit_scale, out):
+    tensors = (logits, labels) if out is None else (logits, labels, out)
+    chosen = implementation("linear_logprobs", "head_rows", *tensors)
+    return chosen.head_rows(logits, labels, temperature, softcap, ignore_index, logit_scale, out)
+
+
+def _gradient_rows(
+    logits, labels, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap, ignore_index, logit_scale, out
+) -> None:
+    """Write d loss / d raw logits into ``out``. Spoils ``logits``."""
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+        grad_logprobs = grad_logprobs * logit_scale
+        grad_entropy = None if grad_entropy is None else grad_entropy * logit_scale
+    chosen = implementation("logprobs", "token_logprobs_backward", logits, labels, out)
+    chosen.token_logprobs_backward(
+        logits, labels, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap, ignore_index, out
+    )
+
+
+def _scaled(hidden: Tensor, grad: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """grad * hidden in hidden's dtype; 0 in ignored rows, whose hidden state may be NaN."""
+    return torch.where((labels == ignore_index)[:, None], 0.0, grad * hidden).to(hidden.dtype)
+
+
+def _fp16_scale(hidden: Tensor, grad: Tensor, grad_entropy: Tensor | None) -> Tensor | float:
+    """The largest upstream gradient: float16 rows times 1 / N would vanish below its smallest number."""
+    if hidden.dtype != torch.float16 or not len(hidden):
+        return 1.0
+    largest = grad.abs().amax()
+    if grad_entropy is not None:
+        largest = torch.maximum(largest, grad_entropy.abs().amax())
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _no_autocast(x: Tensor):
+    return torch.autocast(x.device.type, enabled=False)

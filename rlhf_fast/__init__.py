@@ -1,0 +1,27 @@
+"""RLHF on one GPU: fused kernels, lean trainers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    f"{algorithm}{kind}": f"rlhf_fast.trainers.{algorithm.lower()}"
+    for algorithm in ("SFT", "Reward", "DPO", "PPO", "GRPO")
+    for kind in ("Trainer", "Config")
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    # trainers import torch and transformers, seconds that `import rlhf_fast` should not cost
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

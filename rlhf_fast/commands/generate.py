@@ -1,0 +1,240 @@
+"""``rlhf-fast generate``: a model's responses to prompts, from a file to a file, or typed in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_fast.commands import Parser
+from rlhf_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_fast.data.batch import Prompt
+    from rlhf_fast.models import Policy
+    from rlhf_fast.rollout import GenerateEngine, Sample
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "generate",
+        "Responses of a model to prompts: JSONL to JSONL (an interrupted run goes on where it stopped), or to the terminal. "
+        "Without --prompts and --prompt, prompts are read line by line.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face name, model folder or run folder")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="rows with a `prompt`, `messages`, or `question` and `answer`"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="one prompt; may be given several times")
+    parser.add_argument("--chat", action="store_true", help="put a prompt that is plain text as the user's message")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT.jsonl", help="one line per response; the terminal when not given"
+    )
+    parser.add_argument("--n", type=int, default=1, help="responses per prompt")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    add_model_options(parser)
+    add_sampling_options(parser)
+    args = parser.parse_args(argv)
+    if args.prompts and args.prompt:
+        raise UserError("generate: give --prompts or --prompt, not both")
+    if args.output and not args.prompts:
+        raise UserError("generate: -o needs --prompts FILE; responses to a single prompt go to the terminal")
+    if args.n > 1 and args.temperature == 0:
+        raise UserError(
+            f"generate: {args.n} greedy responses to a prompt are all the same; set --temperature, or --n 1"
+        )
+
+    policy = load_policy(args)
+    if args.prompts and args.output:
+        return _file_to_file(policy, args)
+    if args.prompts:
+        groups: Iterator[list[Prompt]] = _blocks(_prompts(policy, args.prompts, args), args)
+    else:
+        texts = args.prompt or _typed()
+        groups = (_prompts(policy, [{"prompt": text}], args, quiet=True) for text in texts)
+    engine, start = _engine(policy, args), 0
+    for prompts in groups:
+        for row in _responses(engine, prompts, args, start):
+            print(json.dumps(row, ensure_ascii=False) if args.prompts else row["completion"], flush=True)
+        start += len(prompts)
+    return 0
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How to load the model."""
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
+    )
+    parser.add_argument("--device", help="such as cuda:1 or cpu; the first GPU if there is one when not given")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How to continue a prompt."""
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="most tokens of a response")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample from the likeliest tokens with this probability"
+    )
+    parser.add_argument("--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0 is all")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="strings that end a response")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--batch_size", type=int, default=128, help="responses generated at once")
+
+
+def load_policy(args: argparse.Namespace) -> Policy:
+    """The model that the options name.
+
+    Raises:
+        UserError: it cannot be loaded, or it is a reward model.
+    """
+    import torch
+
+    from rlhf_fast.models import load
+
+    try:
+        policy = load(
+            args.model, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), device=args.device
+        )
+    except RuntimeError as error:  # torch's word for a device that does not exist
+        if args.device is None:
+            raise
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    if policy.role != "policy":
+        raise UserError(f"{args.model} is a {policy.role} model, which scores responses and writes none")
+    return policy
+
+
+def progress_bar(total: int, what: str) -> Any:
+    """A rich progress bar on stderr, as a context manager, with one task."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"))
+    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    progress.add_task(what, total=total)
+    return progress
+
+
+def _file_to_file(policy: Policy, args: argparse.Namespace) -> int:
+    """Append the responses to the output block by block, so that little is lost when the run is stopped."""
+    prompts = _prompts(policy, args.prompts, args)
+    output = Path(args.output)
+    done = _rows_done(output, prompts, args.n)
+    if done:
+        print(f"{output} already holds the responses to {done} of {len(prompts)} prompts: going on", file=sys.stderr)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    bar = progress_bar(len(prompts) * args.n, "responses")
+    task, written = bar.task_ids[0], done * args.n
+    with output.open("a", encoding="utf-8") as file, bar:
+        # a fresh callback value per block: the engine counts from 0 each time
+        engine = _engine(policy, args, lambda count: bar.update(task, completed=written + count))
+        bar.update(task, completed=written)
+        for block in _blocks(prompts[done:], args):
+            rows = _responses(engine, block, args, written // args.n)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            written += len(rows)
+    print(f"{written} responses in {output}", file=sys.stderr)
+    return 0
+
+
+def _rows_done(output: Path, prompts: Sequence[Prompt], n: int) -> int:
+    """Prompts whose ``n`` responses the output holds already. Rows of a prompt that was not finished are cut off.
+
+    Raises:
+        UserError: the output holds something else.
+    """
+    if not output.exists():
+        return 0
+    lines = output.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]  # the last may have been cut in the middle
+    done = min(len(whole) // n, len(prompts))
+    try:
+        rows = [json.loads(line) for line in whole[: done * n]]
+        same = len(whole) <= len(prompts) * n and all(
+            row["prompt"] == prompts[i // n].prompt for i, row in enumerate(rows)
+        )
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{output} exists and holds no responses to these prompts; choose another -o, or delete it")
+    with output.open("r+b") as file:
+        file.truncate(sum(map(len, whole[: done * n])))
+    return done
+
+
+def _prompts(policy: Policy, source: Any, args: argparse.Namespace, quiet: bool = False) -> list[Prompt]:
+    from rlhf_fast.data import load_records, normalise, prepare_prompts
+    from rlhf_fast.rollout import context_length, end_of_sequence_ids
+
+    records = normalise(load_records(source), "prompts")
+    if args.chat:
+        for row in records:
+            if isinstance(row["prompt"], str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    context = context_length(policy.model)
+    prompts, report = prepare_prompts(
+        records,
+        policy.tokenizer,
+        max_prompt_length=None if context is None else context - 1,
+        allow_truncation=True,
+        stop_ids=end_of_sequence_ids(policy.model, policy.tokenizer),
+        name="prompts",
+    )
+    if not quiet:
+        print(report, file=sys.stderr)
+    return prompts
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed at the terminal or piped in."""
+    while True:
+        try:
+            line = input("prompt> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def _engine(policy: Policy, args: argparse.Namespace, progress: Any = None) -> GenerateEngine:
+    from rlhf_fast.rollout import GenerateEngine
+
+    return GenerateEngine(policy, max_batch_size=args.batch_size, progress=progress)
+
+
+def _blocks(prompts: list[Prompt], args: argparse.Namespace) -> Iterator[list[Prompt]]:
+    """Prompts for about four batches, so that the engine can put similar lengths together."""
+    size = max(1, 4 * args.batch_size // args.n)
+    return (prompts[i : i + size] for i in range(0, len(prompts), size))
+
+
+def _responses(
+    engine: GenerateEngine, prompts: Sequence[Prompt], args: argparse.Namespace, start: int
+) -> list[dict[str, Any]]:
+    """One row per response. ``start`` is the number of prompts before these: every prompt has random numbers of its own."""
+    from rlhf_fast.rollout import Request, decode
+
+    options = {"n": args.n, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    options |= {"top_p": args.top_p, "top_k": args.top_k, "stop": tuple(args.stop)}
+    seeds = (args.seed * 2**32 + start + i for i in range(len(prompts)))
+    groups = engine.generate([Request(p.input_ids, seed=seed, **options) for p, seed in zip(prompts, seeds)])
+    rows = []
+    for prompt, samples in zip(prompts, groups):
+        texts = decode(samples, engine.tokenizer)
+        rows += [_row(prompt, text, sample) for text, sample in zip(texts, samples)]
+    return rows
+
+
+def _row(prompt: Prompt, text: str, sample: Sample) -> dict[str, Any]:
+    shape = {"finish_reason": sample.finish_reason, "tokens": len(sample.ids)}
+    return {"prompt": prompt.prompt, "completion": text, **shape, **prompt.columns}

@@ -1,0 +1,240 @@
+"""From records to what trainers take, with a report of everything that was cut or left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from rlhf_fast.data.batch import Example, Preference, Prompt
+from rlhf_fast.data.formats import NormalisedRecords, normalise
+from rlhf_fast.data.sources import BadRow
+from rlhf_fast.data.templates import Encoder, token_audit, truncate
+from rlhf_fast.errors import UserError
+
+Item = TypeVar("Item", Example, Preference, Prompt)
+
+# what reward functions receive under these names comes from the rollout
+RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
+
+TOO_LONG = "no trained token within max_length"
+SAME_WHEN_CUT = "responses equal within max_length"
+LONG_PROMPT = "prompt longer than max_prompt_length"
+
+
+@dataclass
+class Report:
+    """What became of a data set. ``str(report)`` is one line, and one more for each thing a person should know."""
+
+    name: str  # which data set, for example "train"
+    source: str
+    format: str
+    max_length: int | None  # tokens
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0  # of the kept rows, all responses of a preference counted
+    trained_tokens: int = 0
+    longest: int = 0  # tokens, before truncation
+    truncated: int = 0  # kept rows that lost tokens
+    tokens_cut: int = 0  # tokens lost to truncation, those of dropped rows included
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    notes: Counter[str] = field(default_factory=Counter)  # what had to be put right -> rows
+    audit: list[str] = field(default_factory=list)  # token_audit's lines
+
+    @property
+    def shortened(self) -> int:
+        """Rows that ``max_length`` cut or cost."""
+        return self.truncated + sum(self.dropped[reason] for reason in (TOO_LONG, SAME_WHEN_CUT, LONG_PROMPT))
+
+    def lines(self) -> list[str]:
+        """The report, a sentence a line, the token audit last."""
+        trained = f", {self.trained_tokens:,} trained" if self.trained_tokens else ""
+        first = f"{self.name}: {self.kept:,} of {self.rows:,} rows of {self.source} ({self.format}), {self.tokens:,} tokens"
+        out = [f"{first}{trained}, longest {self.longest:,}"]
+        if self.truncated or self.tokens_cut:
+            out.append(f"{self.name}: {self.truncated:,} rows truncated to {self.max_length}, {self.tokens_cut:,} tokens cut")
+        out += [f"{self.name}: {rows:,} rows dropped: {reason}" for reason, rows in self.dropped.items() if rows]
+        out += [f"{self.name}: in {rows:,} rows {note}" for note, rows in self.notes.items()]
+        return out + self.audit
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def prepare_sft(
+    records: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None = 1024,
+    completion_only: bool = True,
+    assistant_only: bool = True,
+    allow_truncation: bool = False,
+    **options: Any,
+) -> tuple[list[Example], Report]:
+    """Tokenize text, conversations or prompts with completions for supervised fine-tuning.
+
+    Args:
+        records: anything :func:`load_records` takes, in any of the formats of :mod:`rlhf_fast.data.formats`.
+        max_length: tokens of a sequence; what lies beyond is cut, and a row without a trained token left is dropped.
+        completion_only: train the completion, not the prompt.
+        assistant_only: of conversations, train the assistant's messages.
+        allow_truncation: take any share of shortened rows; otherwise more than ``max_truncated_share`` is an error.
+        options: ``vocab_size``, ``stop_ids``, ``chat_template_kwargs``, ``bad_rows``, ``max_truncated_share`` (0.01) and
+            ``name``, see :class:`_Preparation`.
+    Raises:
+        UserError: unusable records, or too many rows too long.
+    """
+    work = _Preparation(records, "sft", tokenizer, max_length, allow_truncation, "max_length", **options)
+
+    def encode(row: dict) -> Example:
+        if "text" in row:
+            example = work.encoder.text(row["text"])
+        elif "messages" in row:
+            example = work.encoder.messages(row["messages"], assistant_only)
+        else:
+            example = work.encoder.prompt_completion(row["prompt"], row["completion"], completion_only)
+        return work.fit([example], row)[0]
+
+    return work.run(encode)
+
+
+def prepare_preferences(
+    records: Any, tokenizer: Any, *, max_length: int | None = 1024, allow_truncation: bool = False, **options: Any
+) -> tuple[list[Preference], Report]:
+    """Tokenize pairs or rankings: the responses of each row best first, the prompt before each, only responses trained.
+
+    Arguments and errors are those of :func:`prepare_sft`. A row is dropped when one of its responses has no token within
+    ``max_length``, or when two of them no longer differ there.
+    """
+    work = _Preparation(records, "preferences", tokenizer, max_length, allow_truncation, "max_length", **options)
+
+    def encode(row: dict) -> Preference:
+        responses = work.fit([work.encoder.prompt_completion(row["prompt"], r) for r in row["responses"]], row)
+        if len({tuple(r.input_ids) for r in responses}) < len(responses):
+            raise BadRow(SAME_WHEN_CUT, "two responses do not differ within max_length.")
+        return Preference(responses, row.get("margin"))
+
+    return work.run(encode)
+
+
+def prepare_prompts(
+    records: Any,
+    tokenizer: Any,
+    *,
+    max_prompt_length: int | None = None,
+    allow_truncation: bool = False,
+    **options: Any,
+) -> tuple[list[Prompt], Report]:
+    """Tokenize prompts for reinforcement learning; every other column goes to the reward functions.
+
+    A prompt longer than ``max_prompt_length`` tokens is dropped, never cut: a cut question has another answer. Other
+    arguments and errors are those of :func:`prepare_sft`.
+    """
+    work = _Preparation(records, "prompts", tokenizer, max_prompt_length, allow_truncation, "max_prompt_length", **options)
+    # a column that only some rows have reaches rewards as None in the others
+    columns = list(dict.fromkeys(key for row in work.rows for key in row if key not in RESERVED_COLUMNS))
+
+    def encode(row: dict) -> Prompt:
+        ids = work.encoder.prompt(row["prompt"])
+        work.report.longest = max(work.report.longest, len(ids))
+        if max_prompt_length is not None and len(ids) > max_prompt_length:
+            raise BadRow(LONG_PROMPT, f"the prompt has {len(ids)} tokens.")
+        work.report.tokens += len(ids)
+        return Prompt(ids, row["prompt"], {key: row.get(key) for key in columns})
+
+    return work.run(encode)
+
+
+class _Preparation:
+    """One pass over a data set: canonical rows, an encoder, and the report that both fill.
+
+    Args:
+        name: what to call the data set in the report.
+        vocab_size: rows of the model's embedding; larger ids are refused.
+        stop_ids: ``generation_config.eos_token_id``, one or several.
+        chat_template_kwargs: variables for the chat template.
+        bad_rows: ``error`` or ``drop``, see :func:`rlhf_fast.data.formats.normalise`.
+        max_truncated_share: share of rows that may be cut or dropped for their length without ``allow_truncation``.
+    """
+
+    def __init__(
+        self,
+        records: Any,
+        need: str,
+        tokenizer: Any,
+        max_length: int | None,
+        allow_truncation: bool,
+        limit: str,
+        *,
+        name: str = "train",
+        vocab_size: int | None = None,
+        stop_ids: int | Iterable[int] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        bad_rows: str = "error",
+        max_truncated_share: float = 0.01,
+    ):
+        if max_length is not None and max_length < 2:
+            raise UserError(f"{limit} must be at least 2 tokens, got {max_length}.")
+        self.rows: NormalisedRecords = normalise(records, need, bad_rows)
+        self.encoder = Encoder(tokenizer, stop_ids, chat_template_kwargs, vocab_size)
+        self.report = Report(name, self.rows.source, self.rows.format, max_length)
+        self.report.rows = len(self.rows) + sum(self.rows.dropped.values())
+        self.report.dropped.update(self.rows.dropped)
+        self._limit, self._drop_bad = limit, bad_rows == "drop"
+        self._allowed = 1.0 if allow_truncation else max_truncated_share
+
+    def fit(self, examples: list[Example], row: dict) -> list[Example]:
+        """Cut a row's sequences to the maximal length and count them.
+
+        Raises:
+            BadRow: a sequence has no trained token left.
+        """
+        report = self.report
+        cut = 0
+        fitted = []
+        for example in examples:
+            example.weight = row.get("weight", 1.0)
+            report.longest = max(report.longest, len(example))
+            fitted.append(truncate(example, report.max_length))
+            cut += 0 if report.max_length is None else max(len(example) - report.max_length, 0)
+        report.tokens_cut += cut
+        if None in fitted:
+            raise BadRow(TOO_LONG, "no trained token lies within max_length.")
+        report.truncated += bool(cut)
+        report.tokens += sum(map(len, fitted))
+        report.trained_tokens += sum(sum(e.response_mask) for e in fitted)
+        return fitted
+
+    def run(self, encode: Callable[[dict], Item]) -> tuple[list[Item], Report]:
+        """Encode every row; drop what is too long, and what is bad where that was asked for."""
+        report, items = self.report, []
+        for i, row in enumerate(self.rows):
+            self.encoder.notes.clear()
+            try:
+                items.append(encode(row))
+            except BadRow as error:
+                if error.reason not in (TOO_LONG, SAME_WHEN_CUT, LONG_PROMPT) and not self._drop_bad:
+                    raise UserError(f"{self.rows.where(i)}: {error}") from None
+                report.dropped[error.reason] += 1
+            except UserError as error:
+                raise UserError(f"{self.rows.where(i)}: {error}") from None
+            report.notes.update(self.encoder.notes.keys())
+        report.kept = len(items)
+        # after the rows, which may have had to set a chat template
+        encoder = self.encoder
+        report.audit = token_audit(encoder.tokenizer, vocab_size=encoder.vocab_size, stop_ids=encoder.stop_ids)
+        self._check_share()
+        return items, report
+
+    def _check_share(self) -> None:
+        report = self.report
+        share = report.shortened / report.rows
+        if share > self._allowed:
+            raise UserError(
+                f"{report.source}: {report.shortened} of {report.rows} rows ({share:.1%}) are longer than {self._limit} "
+                f"{report.max_length} (the longest has {report.longest} tokens), more than the {self._allowed:.1%} that may "
+                f"be cut or dropped. Raise {self._limit}, or set allow_truncation: true."
+            )
+        if not report.kept:
+            raise UserError(f"{report.source}: no row is left. Dropped: {dict(report.dropped)}.")

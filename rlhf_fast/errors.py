@@ -1,0 +1,7 @@
+"""The one exception for a user's mistake. The command line prints it as one sentence and exits with code 2."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in a file, a setting or an argument: says what is wrong, where, what was found, and the fix."""

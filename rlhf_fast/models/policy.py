@@ -1,0 +1,263 @@
+"""The policy and everything else that shares its base: critic, reward model, reference. The one fusion seam.
+
+A pass runs the body to hidden states, takes only the rows that predict a response token, and hands them with the head's
+weight to ``linear_logprobs``: logits never exist. The shift by one (row t - 1 predicts token t) lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.data.batch import TokenBatch
+from rlhf_fast.errors import UserError
+from rlhf_fast.kernels import linear_logprobs
+
+from .adapters import Adapters
+from .attention import Segments, generation_attention, use_packed_attention
+from .heads import ScalarHead
+
+ROLE_FILE = "rlhf_fast.json"
+HEADS_FILE = "heads.safetensors"
+
+
+class Policy(nn.Module):
+    """A causal language model in several roles: "policy", "reference", "value", "reward".
+
+    With LoRA a role is an adapter on the one frozen base, and a role without an adapter is the base itself. In full
+    fine-tuning a role besides the policy is a copy of the whole model. Scalar heads are one per role, in fp32.
+
+    Args:
+        model: a transformers causal LM, plain (adapters are added through ``adapters`` or ``add_role``).
+        tokenizer: its tokenizer.
+        role: what the model's own weights (or first adapter) were trained for, "policy" or "reward".
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, role: str = "policy"):
+        super().__init__()
+        self.model = model
+        self.native_attention = use_packed_attention(model)
+        self.tokenizer = tokenizer
+        self.role = role
+        self.continued = False  # the policy started from a trained adapter, which is then the reference
+        self.adapters = Adapters(model)
+        self.copies = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def reference(self) -> str:
+        """What plays the reference, in words."""
+        if "reference" in self.copies:
+            return "a frozen copy of the starting weights"
+        return "the frozen starting adapter" if "reference" in self.adapters.names else "the base, adapters off"
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every token that ends a response: all of the generation config's, else the tokenizer's."""
+        config = self.model.generation_config
+        ids = (
+            config.eos_token_id
+            if config is not None and config.eos_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
+        return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+    # ---- roles
+
+    def add_role(self, role: str, *, trainable: bool, head: bool = False) -> None:
+        """Give ``role`` weights of its own, starting from the policy's: an adapter, or a copy of the model."""
+        if self.adapters.names:
+            self.adapters.add(role, self.adapters.config(self.role), trainable=trainable, copy_of=self.role)
+        else:
+            twin = copy.deepcopy(self.model).requires_grad_(trainable)
+            self.copies[role] = twin
+        if head:
+            self.add_head(role)
+
+    def add_reference(self) -> None:
+        """Freeze the starting policy as the reference. A fresh LoRA adapter needs no copy: its start is the base."""
+        if not self.adapters.names or self.continued:
+            self.add_role("reference", trainable=False)
+
+    def add_head(self, role: str) -> None:
+        """A fresh scalar head for ``role``."""
+        self.heads[role] = ScalarHead(self.hidden_size).to(self.device)
+
+    def model_for(self, role: str) -> PreTrainedModel:
+        """The model in ``role``, its adapter switched on. Refused while another adapter's graph is alive."""
+        if role in self.copies:
+            return self.copies[role]
+        if self.adapters.names:
+            self.adapters.use(role if role in self.adapters.names else None)
+        return self.model
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        for body in (self.model, *self.copies.values()):
+            # transformers 5.20 renamed it and warns about the old name
+            enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+    # ---- passes
+
+    def forward(self, batch: TokenBatch, output: str = "logprobs", **options) -> Any:
+        """``logprobs`` unless ``output`` says "values" or "scores". One door, so that a DDP wrapper sees every pass."""
+        return {"logprobs": self.logprobs, "values": self.values, "scores": self.scores}[output](batch, **options)
+
+    def hidden(self, batch: TokenBatch, role: str) -> Tensor:
+        """Last hidden states of the packed batch, (N, D)."""
+        body = self.model_for(role).get_decoder()
+        out = body(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            segments=Segments.of(batch),
+        )
+        return self.adapters.guard(out.last_hidden_state[0])
+
+    def logprobs(
+        self, batch: TokenBatch, *, role: str | None = None, temperature: float = 1.0, entropy: bool | str = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probability of every response token given what precedes it.
+
+        Args:
+            batch: N packed tokens.
+            role: whose probabilities; the policy's own by default.
+            temperature: of the softmax.
+            entropy: also return the entropy of each prediction; "detached" when no gradient through it is needed.
+
+        Returns:
+            (N,) float32, 0 outside the responses; with ``entropy``, a pair of such.
+        """
+        role = role or self.role
+        hidden, weight, options = self._head_inputs(batch, role)
+        flat = linear_logprobs(
+            hidden, weight, batch.input_ids[batch.response_rows], temperature=temperature, entropy=entropy, **options
+        )
+        if entropy:
+            return tuple(self._spread(x, batch) for x in flat)
+        return self._spread(flat, batch)
+
+    def values(self, batch: TokenBatch, *, role: str = "value") -> Tensor:
+        """The critic's estimate of the state before every response token. (N,) float32, 0 outside the responses."""
+        hidden = self.hidden(batch, role)
+        return self._spread(self.heads[role](hidden[batch.response_rows - 1]), batch)
+
+    def scores(self, batch: TokenBatch, *, role: str = "reward") -> Tensor:
+        """The reward model's score of every sequence, read at its last token. (B,) float32."""
+        hidden = self.hidden(batch, role)
+        return self.heads[role](hidden[batch.cu_seqlens[1:].long() - 1])
+
+    @torch.no_grad()
+    def greedy_hits(self, batch: TokenBatch, chunk_size: int = 1024) -> Tensor:
+        """How many response tokens are the model's most likely ones; a device scalar."""
+        hidden, weight, options = self._head_inputs(batch, self.role)
+        labels = batch.input_ids[batch.response_rows]
+        hits = torch.zeros((), device=hidden.device)
+        for rows, wanted in zip(hidden.split(chunk_size), labels.split(chunk_size)):
+            logits = rows @ weight.T
+            if options["bias"] is not None:
+                logits = logits + options["bias"]
+            hits += (logits.argmax(-1) == wanted).sum()
+        return hits
+
+    def _head_inputs(self, batch: TokenBatch, role: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Hidden rows that predict a response token, the head's weight, and how logits follow from them."""
+        hidden = self.hidden(batch, role)[batch.response_rows - 1]
+        model = self.model_for(role)
+        head, config = model.get_output_embeddings(), model.config.get_text_config()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
+        # Cohere multiplies logits, Granite divides them, Gemma 2 caps them
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return hidden, weight, {"bias": bias, "softcap": softcap, "logit_scale": scale}
+
+    @staticmethod
+    def _spread(rows: Tensor, batch: TokenBatch) -> Tensor:
+        """(R,) values of response tokens -> (N,), 0 elsewhere."""
+        return rows.new_zeros(batch.input_ids.shape[0]).index_copy(0, batch.response_rows, rows)
+
+    # ---- generation
+
+    @contextlib.contextmanager
+    def generation_model(self, role: str | None = None) -> Iterator[PreTrainedModel]:
+        """The model in ``role`` ready for ``generate``: eval mode, transformers' own attention. All is restored."""
+        model = self.model_for(role or self.role)
+        training = model.training
+        model.eval()
+        with generation_attention(model, self.native_attention):
+            try:
+                yield model
+            finally:
+                model.train(training)
+
+    # ---- files
+
+    def save(self, folder: str | Path) -> None:
+        """Write adapter (PEFT format) or whole model, tokenizer and heads; what was written is read back and compared.
+
+        Raises:
+            OSError: the files on disk differ from what is in memory.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapters.names:
+            self.adapters.save(self.role, folder)
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        heads = {k: v.detach().cpu() for k, v in self.heads.state_dict().items() if k.startswith(f"{self.role}.")}
+        if heads:
+            save_file(heads, folder / HEADS_FILE)
+            saved = load_file(folder / HEADS_FILE)
+            if any(not torch.equal(saved[k], v) for k, v in heads.items()):
+                raise OSError(f"{folder / HEADS_FILE} does not read back as written; check the disk")
+        (folder / ROLE_FILE).write_text(json.dumps({"role": self.role}, indent=2) + "\n")
+
+    def export(self, folder: str | Path) -> None:
+        """Write a plain transformers folder, adapters folded into the weights.
+
+        Raises:
+            UserError: this is a reward model, whose head a causal LM folder cannot hold.
+        """
+        if self.role != "policy":
+            raise UserError(
+                f"only a policy exports to a causal LM folder; this is a {self.role} model with a scalar head"
+            )
+        model = self.adapters.merged(self.role) if self.adapters.names else self.model
+        with generation_attention(model, self.native_attention):  # no trace of our attention's name in the written config
+            model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_heads(policy: Policy, folder: Path, role: str) -> None:
+    """Put the scalar head saved in ``folder`` in place as ``role``'s."""
+    saved = load_file(folder / HEADS_FILE)
+    policy.add_head(role)
+    policy.heads[role].load_state_dict({k.split(".", 1)[1]: v for k, v in saved.items()})
+
+
+def saved_role(folder: Path) -> str:
+    """What the model in ``folder`` was trained for: "policy", unless our own file says otherwise."""
+    path = folder / ROLE_FILE
+    return json.loads(path.read_text())["role"] if path.is_file() else "policy"

@@ -1,0 +1,35 @@
+"""Rewards: plain functions that score completions, found by name and called so that a fault is never a score."""
+
+from rlhf_fast.rewards.evaluate import Evaluation, evaluate_policy, pass_at_k
+from rlhf_fast.rewards.functions import (
+    BUILT_IN,
+    RewardFunction,
+    RewardTable,
+    check_columns,
+    resolve,
+    resolve_all,
+    reward_name,
+    score,
+)
+from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rewards.verifiers import Answer, Exact, Format, Length, Random
+
+__all__ = [
+    "BUILT_IN",
+    "Answer",
+    "Evaluation",
+    "Exact",
+    "Format",
+    "Length",
+    "Random",
+    "RewardFunction",
+    "RewardModel",
+    "RewardTable",
+    "check_columns",
+    "evaluate_policy",
+    "pass_at_k",
+    "resolve",
+    "resolve_all",
+    "reward_name",
+    "score",
+]

@@ -1,0 +1,111 @@
+"""Where sampled responses meet their rewards: prompts in, scored :class:`Experience` out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, unpack
+from rlhf_fast.models import Policy
+from rlhf_fast.rollout import Engine, Request, Sample, completions_for, decode
+
+from . import score
+
+
+class ScoredRollouts:
+    """Samples responses with an engine and scores them with reward functions.
+
+    Args:
+        engine: the rollout engine.
+        policy: whose tokenizer turns responses into the text that reward functions read.
+        functions: reward functions, see :mod:`rlhf_fast.rewards`.
+        names: of the functions, for metrics.
+        weights: one per function; None weighs them all 1.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        functions: Sequence[Callable],
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+    ):
+        self.engine, self.policy = engine, policy
+        self.functions, self.names, self.weights = list(functions), list(names), weights
+        self.seconds: dict[str, float] = {}  # of the last call, by what they were spent on
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> tuple[list[Experience], dict[str, float]]:
+        """``n`` responses to every prompt, siblings adjacent, each with its reward.
+
+        Args:
+            seed: of the first prompt; the i-th has ``seed + i``, whatever else is in the batch.
+
+        Returns:
+            experiences (len(prompts) * n), and metrics under TRL's names.
+        """
+        requests = [
+            Request(p.input_ids, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + i)
+            for i, p in enumerate(prompts)
+        ]
+        began = time.perf_counter()
+        groups = self.engine.generate(requests)
+        generated = time.perf_counter()
+        asked = [p for p in prompts for _ in range(n)]
+        samples = [s for group in groups for s in group]
+        rewards, metrics = self._score(asked, samples)
+        experiences = [
+            Experience(
+                example=Example([*p.input_ids, *s.ids], [False] * len(p.input_ids) + [True] * len(s.ids)),
+                reward=reward,
+                finished=s.finish_reason == "stop",
+                rollout_logprobs=_after_prompt(p, s, self.policy.device),
+            )
+            for p, s, reward in zip(asked, samples, rewards.tolist())
+        ]
+        self.seconds = {"generate": generated - began, "reward": time.perf_counter() - generated}
+        lengths = torch.tensor([float(len(s.ids)) for s in samples])
+        metrics["completions/mean_length"] = float(lengths.mean())
+        metrics["completions/clipped_ratio"] = sum(not e.finished for e in experiences) / len(experiences)
+        return experiences, metrics
+
+    def _score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
+        texts = decode(samples, self.policy.tokenizer)
+        # None stands for a column that only some rows have
+        columns = {name: [p.columns.get(name) for p in prompts] for name in {k: 0 for p in prompts for k in p.columns}}
+        table = score(
+            self.functions,
+            self.names,
+            [p.prompt for p in prompts],
+            completions_for([p.prompt for p in prompts], texts),
+            [s.ids for s in samples],
+            {**columns, "prompt_ids": [p.input_ids for p in prompts]},
+        )
+        metrics: dict[str, float] = {}
+        for i, name in enumerate(self.names):
+            scored = table.values[:, i][~table.values[:, i].isnan()]
+            metrics[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else float("nan")
+            metrics[f"rewards/{name}/std"] = float(scored.std()) if len(scored) > 1 else 0.0
+            metrics[f"rewards/{name}/faults"] = float(table.faults.get(name, 0))
+        return table.total(self.weights), metrics
+
+
+def _after_prompt(prompt: Prompt, sample: Sample, device: Any) -> Tensor:
+    return torch.tensor([0.0] * len(prompt.input_ids) + list(sample.logprobs), device=device)
+
+
+@torch.no_grad()
+def annotate(
+    experiences: Sequence[Experience], name: str, compute: Callable[[TokenBatch], Tensor], batch_size: int, device: Any
+) -> None:
+    """Fill the per-token entry ``name`` with ``compute(batch) -> (N,)``, ``batch_size`` sequences at a time."""
+    for start in range(0, len(experiences), batch_size):
+        part = experiences[start : start + batch_size]
+        unpack(part, name, compute(TokenBatch.pack([e.example for e in part], device)))

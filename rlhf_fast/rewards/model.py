@@ -1,0 +1,91 @@
+"""A trained reward model as a reward function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.data.batch import Example, TokenBatch
+from rlhf_fast.data.templates import encode_prompt, encode_prompt_completion
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import load
+from rlhf_fast.rewards.verifiers import text_of
+
+
+class RewardModel:
+    """Score prompt and completion with a reward model's scalar head, read at the last token.
+
+    Token ids are scored as they were sampled, never tokenized again, provided that this model's tokenizer reads the
+    completions' text from them; a model with another tokenizer gets the text in its own.
+
+    Args:
+        path: a folder of a reward model, or a Policy that has the role.
+        role: the role that scores.
+        max_tokens: most tokens in one pass.
+    Raises:
+        UserError: the model has no scalar head for the role.
+    """
+
+    def __init__(self, path: Any, *, role: str = "reward", max_tokens: int = 16384) -> None:
+        self.policy = load(path)
+        self.role, self.max_tokens = role, max_tokens
+        self.__name__ = Path(path).resolve().name if isinstance(path, (str, Path)) else role
+        if role not in self.policy.heads:
+            raise UserError(
+                f"{self.__name__}: not a reward model (it has no '{role}' head). Train one with `rlhf-fast reward`."
+            )
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        """Scores of B completions. ``prompt_ids`` are the prompts as they were generated from."""
+        examples = self._examples(prompts, completions, completion_ids, prompt_ids)
+        scores = torch.empty(len(examples))
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            with torch.no_grad():
+                for rows in self._batches(examples):
+                    batch = TokenBatch.pack([examples[i] for i in rows], self.policy.device)
+                    scores[rows] = self.policy.scores(batch, role=self.role).float().cpu()
+        finally:
+            self.policy.train(training)
+        return scores.tolist()
+
+    def _examples(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        prompt_ids: Sequence[Sequence[int]] | None,
+    ) -> list[Example]:
+        tokenizer = self.policy.tokenizer
+        read = tokenizer.batch_decode(
+            list(completion_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        if read != [text_of(c) for c in completions]:  # the ids are another tokenizer's
+            return [encode_prompt_completion(p, c, tokenizer) for p, c in zip(prompts, completions)]
+        if prompt_ids is None:
+            prompt_ids = [encode_prompt(p, tokenizer) for p in prompts]
+        return [Example([*p, *c], [False] * len(p) + [True] * len(c)) for p, c in zip(prompt_ids, completion_ids)]
+
+    def _batches(self, examples: list[Example]) -> Iterator[list[int]]:
+        """Indices of examples that fit ``max_tokens`` together, similar lengths together."""
+        rows: list[int] = []
+        tokens = 0
+        for i in sorted(range(len(examples)), key=lambda i: len(examples[i])):
+            if rows and tokens + len(examples[i]) > self.max_tokens:
+                yield rows
+                rows, tokens = [], 0
+            rows.append(i)
+            tokens += len(examples[i])
+        if rows:
+            yield rows

@@ -1,0 +1,1 @@
+"""Runs: configuration, checkpoints, metrics, plots. Import the modules themselves; this file stays empty to stay fast."""

@@ -1,0 +1,1 @@
+"""One file per algorithm, one loop for all: see ``trainer.py``."""

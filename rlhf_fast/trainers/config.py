@@ -1,0 +1,56 @@
+"""Settings that trainers share. An algorithm's own stand above its trainer, in its file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """Settings that every trainer understands; names and meanings as in TRL."""
+
+    model_name_or_path: str | None = None  # a Hugging Face name, a model folder, or a run folder
+    dataset_name: str | None = None  # a .jsonl, .json, .parquet or .csv file, a folder, or a Hugging Face data set
+    eval_dataset_name: str | None = None  # held-out rows, same formats
+    output_dir: str = "runs/run"  # the run folder: model, checkpoints, metrics, plots
+    learning_rate: float | None = None  # peak; None is the algorithm's default, higher with LoRA
+    lr_scheduler_type: str = "linear"  # linear, cosine, constant, constant_with_warmup, ...
+    warmup_ratio: float = 0.03  # share of all steps spent raising the learning rate from 0
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    num_train_epochs: int = 1  # passes over the data set
+    max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
+    per_device_train_batch_size: int = 8  # records per micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
+    dtype: str = "auto"  # of the base weights: auto, float32, bfloat16
+    use_peft: bool = False  # train a LoRA adapter instead of all weights
+    lora_r: int = 16  # rank of the adapter
+    lora_alpha: int = 32  # its output is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # on the adapter's input; leave at 0 for reinforcement learning
+    lora_target_modules: str | list[str] = "all-linear"  # names of the layers that get an adapter
+    logging_steps: int = 10  # optimizer steps between log lines
+    eval_steps: int | None = None  # optimizer steps between evaluations; None evaluates at the end
+    save_steps: int = 500  # optimizer steps between checkpoints
+    save_total_limit: int = 2  # checkpoints kept
+    resume_from_checkpoint: str | bool | None = None  # true: the latest good checkpoint of output_dir; or a path
+    seed: int = 42  # of everything random
+    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb; metrics.jsonl is always written
+    quiet: bool = False  # no progress bar
+
+
+@dataclass(kw_only=True)
+class RLConfig(TrainerConfig):
+    """Settings of the algorithms that learn from their own samples."""
+
+    reward_funcs: list[Any] = field(
+        default_factory=list
+    )  # built-in name, package.module:function, or {name: ..., setting: ...}
+    reward_weights: list[float] | None = None  # one per reward function; None weighs them all 1
+    max_prompt_length: int | None = 512  # tokens; longer prompts are left out
+    max_completion_length: int = 512  # tokens sampled at most
+    temperature: float = 1.0  # of sampling, and of every log-probability
+    rollout_batch_size: int = 128  # sequences generated at a time
+    num_eval_prompts: int = 256  # held-out prompts answered greedily at each evaluation
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass

@@ -1,0 +1,210 @@
+"""Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) and its relatives.
+
+PPO without a critic: sample ``num_generations`` responses to a prompt, score each, and let the group's mean reward be the
+baseline. A variant is one row of ``LOSS_TYPES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, packed
+from rlhf_fast.data.prepare import prepare_prompts
+from rlhf_fast.errors import UserError
+from rlhf_fast.kernels import group_advantages, policy_loss
+from rlhf_fast.rewards import evaluate_policy, resolve_all
+from rlhf_fast.rewards.experience import ScoredRollouts, annotate
+from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
+
+from .config import RLConfig
+from .trainer import Trainer, Window
+
+# loss_type -> (kind of policy_loss, how token losses are aggregated)
+LOSS_TYPES = {
+    "grpo": ("clip", "sequence"),  # mean over each response, then over responses (arXiv:2402.03300, eq. 3)
+    "dapo": ("clip", "token"),  # mean over all tokens of the optimizer step (arXiv:2503.14476, eq. 8)
+    "bnpo": ("clip", "token"),  # mean over the tokens of the batch; the same here, where a batch is the whole step
+    "dr_grpo": ("clip", "constant"),  # sum over a constant: no length bias (arXiv:2503.20783, sec. 3)
+    "cispo": ("cispo", "token"),  # the clipped ratio weighs log-probabilities (arXiv:2506.13585, eq. 4)
+    "reinforce": ("reinforce", "token"),  # no ratio at all
+}
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(RLConfig):
+    output_dir: str = "runs/grpo"  # the run folder: model, checkpoints, metrics, plots
+    num_generations: int = 8  # responses per prompt; batch sizes count responses
+    num_iterations: int = 1  # optimizer steps on each batch of responses
+    loss_type: str = "dapo"  # dapo, grpo, dr_grpo, bnpo, cispo, reinforce
+    beta: float = 0.0  # weight of KL(policy || reference) in the loss; 0 needs no reference
+    epsilon: float = 0.2  # the ratio may fall to 1 - epsilon
+    epsilon_high: float | None = None  # the ratio may rise to 1 + epsilon_high; None is epsilon
+    delta: float | None = None  # upper bound of the ratio for negative advantages; None is no bound
+    importance_sampling_level: str = "token"  # token, sequence (GSPO, with epsilon 3e-4), sequence_token
+    advantage_baseline: str = "mean"  # of the group; leave_one_out is RLOO
+    scale_rewards: str = "group"  # divide advantages by the standard deviation of the group, of the batch, or none
+    mask_truncated_completions: bool = False  # learn nothing from responses cut by max_completion_length
+
+
+class GRPOTrainer(Trainer):
+    """Reinforcement learning from reward functions, with the group's mean as baseline.
+
+    Args:
+        reward_funcs: one or more reward functions or their names; see :mod:`rlhf_fast.rewards`.
+        engine: a rollout engine; ``transformers.generate`` in process when None.
+    """
+
+    config_class = GRPOConfig
+    headline = ("reward", "kl")
+    learning_rates = (1e-6, 1e-5)
+    record_class = Experience
+
+    def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
+        args = args if args is not None else GRPOConfig()
+        if args.loss_type not in LOSS_TYPES:
+            raise UserError(f"loss_type is {args.loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
+        if args.loss_type == "cispo" and args.epsilon_high is None:
+            raise UserError("loss_type cispo needs epsilon_high, the absolute bound of the ratio; its authors use 5")
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if args.num_generations < 2 or batch % args.num_generations:
+            raise UserError(
+                f"num_generations is {args.num_generations}: it must be at least 2 and divide "
+                f"per_device_train_batch_size * gradient_accumulation_steps = {batch} responses"
+            )
+        functions, names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
+        if not functions:
+            raise UserError("reward_funcs is empty: name at least one, e.g. --reward_funcs answer")
+        super().__init__(model, args, **kwargs)
+        self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
+        check_for_rl(self.engine, temperature=args.temperature)
+        self.rollouts = ScoredRollouts(self.engine, self.policy, functions, names, args.reward_weights)
+
+    @classmethod
+    def extra_arguments(cls, config: GRPOConfig) -> dict[str, Any]:
+        return {"reward_funcs": config.reward_funcs}
+
+    def add_roles(self) -> None:
+        if self.args.beta:
+            self.policy.add_reference()
+
+    def prepare_data(self, records) -> list[Prompt]:
+        limit = self.args.max_prompt_length
+        prompts, report = prepare_prompts(records, self.tokenizer, max_prompt_length=limit, **self.tokenizing)
+        self.say(report)
+        return prompts
+
+    @property
+    def rows_per_window(self) -> float:
+        return super().rows_per_window / self.args.num_generations
+
+    def make_plan(self, count: int) -> list[list[int]]:
+        return [list(range(count)) for _ in range(self.args.num_iterations)]
+
+    def size(self, record: Experience) -> float:
+        return 0 if self._ignored(record) else sum(record.example.response_mask)
+
+    @torch.no_grad()
+    def collect(self, prompts: list[Prompt]) -> list[Experience]:
+        """Sample a group of responses to every prompt, score them, and compare each with its group."""
+        a, device = self.args, self.policy.device
+        experiences, metrics = self.rollouts.sample(
+            prompts,
+            n=a.num_generations,
+            max_new_tokens=a.max_completion_length,
+            temperature=a.temperature,
+            seed=a.seed * 1_000_003 + self.first_row,
+        )
+        self.add_times(self.rollouts.seconds)
+        rewards = torch.tensor([e.reward for e in experiences], device=device)
+        advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
+        for experience, advantage in zip(experiences, advantages):
+            experience.advantages = advantage.expand(len(experience.example))
+        size = a.per_device_train_batch_size
+        with self.timed("logprobs"):
+            if a.num_iterations > 1:  # else the policy does not move between sampling and its only step
+                annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, device)
+            if a.beta:
+                annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
+        self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
+        return experiences
+
+    def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
+        return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
+
+    def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
+        a = self.args
+        batch = TokenBatch.pack([e.example for e in records], self.policy.device)
+        logprobs, entropy = self.model(batch, temperature=a.temperature, entropy="detached")
+        old_logprobs = packed(records, "old_logprobs")
+        mask = batch.response_mask
+        if a.mask_truncated_completions:
+            kept = torch.tensor([not self._ignored(e) for e in records])
+            mask = mask & kept.repeat_interleave(torch.tensor(batch.lengths)).to(mask.device)
+        kind, aggregate = LOSS_TYPES[a.loss_type]
+        denominators = {
+            "token": window.tokens,
+            "sequence": window.records,
+            "constant": window.records * a.max_completion_length,
+        }
+        loss, metrics = policy_loss(
+            logprobs,
+            logprobs.detach() if old_logprobs is None else old_logprobs,
+            packed(records, "advantages"),
+            mask,
+            kind=kind,
+            clip_low=a.epsilon,
+            clip_high=a.epsilon_high,
+            dual_clip=a.delta,
+            level=a.importance_sampling_level,
+            ref_logprobs=packed(records, "ref_logprobs"),
+            kl_coef=a.beta,
+            aggregate=aggregate,
+            denominator=denominators[aggregate],
+            cu_seqlens=batch.cu_seqlens,
+        )
+        tokens = max(batch.num_response_tokens, 1)
+        figures = {
+            "entropy": entropy.sum() / tokens,
+            "clip_ratio/low_mean": metrics["clip_low"],
+            "clip_ratio/high_mean": metrics["clip_high"],
+            "clip_ratio/region_mean": metrics["clip_region"],
+        }
+        if "kl" in metrics:
+            figures["kl"] = metrics["kl"]
+        yield loss, figures, tokens
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy answers to held-out prompts, scored by the reward functions."""
+        if self.eval_records is None:
+            raise UserError("evaluate() needs an eval_dataset")
+        a = self.args
+        figures = evaluate_policy(
+            self.policy,
+            self.eval_records[: a.num_eval_prompts],
+            self.rollouts.functions,
+            names=self.rollouts.names,
+            max_new_tokens=a.max_completion_length,
+            max_batch_size=a.rollout_batch_size,
+        )
+        return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
+
+    def restore_record(self, fields: dict[str, Any]) -> Experience:
+        return Experience(**{**fields, "example": Example(**fields["example"])})
+
+    def _ignored(self, record: Experience) -> bool:
+        return self.args.mask_truncated_completions and not record.finished
+
+
+def group_metrics(rewards: Tensor, group_size: int) -> dict[str, Tensor]:
+    """reward, reward_std and the share of groups that teach nothing because all their rewards are equal."""
+    groups = rewards.view(-1, group_size)
+    return {
+        "reward": rewards.nanmean(),
+        "reward_std": groups.std(1).nanmean(),
+        "frac_reward_zero_std": (groups.std(1) < 1e-6).float().mean(),
+    }

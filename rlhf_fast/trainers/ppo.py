@@ -1,0 +1,247 @@
+"""Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) as RLHF uses it (arXiv:1909.08593, 2203.02155).
+
+Policy, critic, reference and, where it shares their base, the reward model are adapters on one base.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, packed, unpack
+from rlhf_fast.data.prepare import prepare_prompts
+from rlhf_fast.errors import UserError
+from rlhf_fast.kernels import kl_shaped_gae, policy_loss, value_loss
+from rlhf_fast.models import attach
+from rlhf_fast.rewards import evaluate_policy, resolve_all
+from rlhf_fast.rewards.experience import ScoredRollouts, annotate
+from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
+
+from .config import RLConfig
+from .trainer import Trainer, Window
+
+
+@dataclass(kw_only=True)
+class PPOConfig(RLConfig):
+    output_dir: str = "runs/ppo"  # the run folder: model, checkpoints, metrics, plots
+    reward_model_path: str | None = None  # run folder of a reward model; with reward_funcs, their scores are added
+    num_ppo_epochs: int = 4  # passes over each batch of responses
+    num_mini_batches: int = 1  # optimizer steps per pass
+    kl_coef: float = 0.05  # price of KL(policy || reference) in the reward, per nat
+    kl_estimator: str = "k1"  # of that KL, per token: k1, k2, k3, abs
+    kl_target: float | None = None  # nats per response; adapts kl_coef towards it (arXiv:1909.08593, eq. 8)
+    kl_horizon: int = 10_000  # responses over which the adaptation acts
+    cliprange: float = 0.2  # the ratio stays within 1 +- cliprange
+    cliprange_value: float = 0.2  # a value moves at most this far per batch of responses
+    vf_coef: float = 0.1  # weight of the critic's loss
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # GAE's trade-off between bias (0) and variance (1)
+    whiten_rewards: bool = False  # scale rewards to unit variance, their mean kept
+    missing_eos_penalty: float | None = None  # taken from the score of a response that never ended
+    entropy_coef: float = 0.0  # reward for entropy, in the loss
+    critic_warmup_steps: int = 0  # first optimizer steps that train the critic alone
+    target_kl: float | None = None  # drop a batch's remaining passes once the policy moved this far (approximate KL)
+
+
+class PPOTrainer(Trainer):
+    """PPO with a KL-penalised reward, a critic on the policy's base, and clipped policy and value losses.
+
+    Args:
+        reward_funcs: reward functions, their names, or paths of reward-model run folders.
+        engine: a rollout engine; ``transformers.generate`` in process when None.
+    """
+
+    config_class = PPOConfig
+    headline = ("objective/scores", "objective/kl")
+    learning_rates = (3e-6, 3e-5)
+    record_class = Experience
+
+    def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
+        args = args if args is not None else PPOConfig()
+        self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
+        if not self.functions and not args.reward_model_path:
+            raise UserError("PPO needs a reward: --reward_model_path RUN of a trained reward model, or --reward_funcs")
+        if args.num_mini_batches < 1 or args.num_ppo_epochs < 1:
+            raise UserError("num_mini_batches and num_ppo_epochs must be at least 1")
+        super().__init__(model, args, **kwargs)
+        self.kl_coef = args.kl_coef
+        self._moved: Tensor | float = 0.0  # approximate KL between the policy and where it sampled, this window
+        self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
+        check_for_rl(self.engine, temperature=args.temperature)
+        self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
+
+    @classmethod
+    def extra_arguments(cls, config: PPOConfig) -> dict[str, Any]:
+        return {"reward_funcs": config.reward_funcs}
+
+    def add_roles(self) -> None:
+        self.policy.add_reference()
+        self.policy.add_role("value", trainable=True, head=True)
+        if path := self.args.reward_model_path:
+            self.functions.append(RewardModel(attach(self.policy, "reward", path)))
+            self.names.append("reward_model")
+
+    def prepare_data(self, records) -> list[Prompt]:
+        limit = self.args.max_prompt_length
+        prompts, report = prepare_prompts(records, self.tokenizer, max_prompt_length=limit, **self.tokenizing)
+        self.say(report)
+        return prompts
+
+    @property
+    def windows_per_round(self) -> int:
+        return self.args.num_mini_batches
+
+    def make_plan(self, count: int) -> list[list[int]]:
+        """``num_ppo_epochs`` shuffled passes, each in ``num_mini_batches`` windows."""
+        plan = []
+        for _ in range(self.args.num_ppo_epochs):
+            order = torch.randperm(count).tolist()
+            bounds = [round(count * i / self.args.num_mini_batches) for i in range(self.args.num_mini_batches + 1)]
+            plan += [order[a:b] for a, b in itertools.pairwise(bounds)]
+        return plan
+
+    def size(self, record: Experience) -> float:
+        return sum(record.example.response_mask)
+
+    @torch.no_grad()
+    def collect(self, prompts: list[Prompt]) -> list[Experience]:
+        """Sample one response to every prompt, score it, and estimate the advantage of each of its tokens."""
+        a, device = self.args, self.policy.device
+        experiences, metrics = self.rollouts.sample(
+            prompts,
+            n=1,
+            max_new_tokens=a.max_completion_length,
+            temperature=a.temperature,
+            seed=a.seed * 1_000_003 + self.first_row,
+        )
+        self.add_times(self.rollouts.seconds)
+        for experience in experiences:
+            if math.isnan(experience.reward):  # nobody could score it: it teaches nothing
+                experience.reward, experience.example.response_mask = 0.0, [False] * len(experience.example)
+        if a.missing_eos_penalty is not None:
+            for experience in experiences:
+                experience.reward -= a.missing_eos_penalty * (not experience.finished)
+        size = a.per_device_train_batch_size
+        with self.timed("logprobs"):
+            annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, device)
+            annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
+            annotate(experiences, "values", self.policy.values, size, device)
+        self.metrics.add({**metrics, **self._estimate_advantages(experiences)}, len(experiences))
+        return experiences
+
+    def _estimate_advantages(self, experiences: list[Experience]) -> dict[str, Any]:
+        """Fill advantages and returns; returns the metrics of the rewards they came from."""
+        a = self.args
+        batch = TokenBatch.pack([e.example for e in experiences], self.policy.device)
+        scores = torch.tensor([e.reward for e in experiences], device=self.policy.device)
+        values = packed(experiences, "values")
+        advantages, returns, rewards, kl = kl_shaped_gae(
+            scores,
+            packed(experiences, "old_logprobs"),
+            packed(experiences, "ref_logprobs"),
+            values,
+            batch.response_mask,
+            kl_coef=self.kl_coef,
+            gamma=a.gamma,
+            lam=a.lam,
+            estimator=a.kl_estimator,
+            cu_seqlens=batch.cu_seqlens,
+        )
+        unpack(experiences, "advantages", advantages)
+        unpack(experiences, "returns", returns)
+        count = len(experiences)
+        kl_per_response = kl.sum() / count
+        if a.kl_target is not None:
+            error = float((kl_per_response / a.kl_target - 1).clamp(-0.2, 0.2))
+            self.kl_coef *= 1 + error * count * self.accelerator.num_processes / a.kl_horizon
+        rows = batch.response_rows
+        spread = returns[rows].var(unbiased=False)
+        return {
+            "objective/scores": scores.mean(),
+            "objective/kl": kl_per_response,
+            "objective/non_score_reward": (rewards.sum() - scores.sum()) / count,
+            "objective/rlhf_reward": rewards.sum() / count,
+            "objective/kl_coef": self.kl_coef,
+            "val/explained_variance": 1 - (returns[rows] - values[rows]).var(unbiased=False) / (spread + 1e-8),
+        }
+
+    def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
+        return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
+
+    def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
+        a = self.args
+        batch = TokenBatch.pack([e.example for e in records], self.policy.device)
+        tokens = max(batch.num_response_tokens, 1)
+        if self.step >= a.critic_warmup_steps:
+            logprobs, entropy = self.model(
+                batch, temperature=a.temperature, entropy=True if a.entropy_coef else "detached"
+            )
+            loss, metrics = policy_loss(
+                logprobs,
+                packed(records, "old_logprobs"),
+                packed(records, "advantages"),
+                batch.response_mask,
+                clip_low=a.cliprange,
+                denominator=window.tokens,
+                cu_seqlens=batch.cu_seqlens,
+            )
+            if a.entropy_coef:
+                loss = loss - a.entropy_coef * entropy.sum() / window.tokens
+            figures = {
+                "objective/entropy": entropy.detach().sum() / tokens,
+                "policy/approxkl_avg": metrics["approx_kl"],
+                "policy/clipfrac_avg": metrics["clip_region"],
+                "val/ratio": metrics["ratio_mean"],
+                "loss/policy_avg": loss.detach() * window.tokens / tokens,
+            }
+            self._moved = self._moved + metrics["approx_kl"] * tokens / window.tokens
+            yield loss, figures, tokens
+        values = self.model(batch, output="values")
+        loss, metrics = value_loss(
+            values,
+            packed(records, "values"),
+            packed(records, "returns"),
+            batch.response_mask,
+            clip=a.cliprange_value,
+            denominator=window.tokens,
+        )
+        yield a.vf_coef * loss, {"loss/value_avg": loss.detach() * window.tokens / tokens}, tokens
+
+    def after_step(self) -> None:
+        """Drop the batch's remaining passes once the policy has moved ``target_kl`` away from where it sampled."""
+        if self.args.target_kl is not None and self.plan:
+            moved = self.accelerator.reduce(torch.as_tensor(self._moved, device=self.policy.device), "sum")
+            if float(moved) > self.args.target_kl:
+                self.plan = []
+        self._moved = 0.0
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy answers to held-out prompts, scored by the reward functions."""
+        if self.eval_records is None:
+            raise UserError("evaluate() needs an eval_dataset")
+        a = self.args
+        figures = evaluate_policy(
+            self.policy,
+            self.eval_records[: a.num_eval_prompts],
+            self.rollouts.functions,
+            names=self.rollouts.names,
+            max_new_tokens=a.max_completion_length,
+            max_batch_size=a.rollout_batch_size,
+        )
+        return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.kl_coef = state["kl_coef"]
+
+    def restore_record(self, fields: dict[str, Any]) -> Experience:
+        return Experience(**{**fields, "example": Example(**fields["example"])})

@@ -1,0 +1,64 @@
+"""Supervised fine-tuning: maximise the likelihood of given responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_fast.data.batch import Example, TokenBatch
+from rlhf_fast.data.packing import pack_bins
+from rlhf_fast.data.prepare import prepare_sft
+
+from .config import TrainerConfig
+from .trainer import Trainer, Window
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainerConfig):
+    output_dir: str = "runs/sft"  # the run folder: model, checkpoints, metrics, plots
+    max_length: int = 1024  # tokens; longer rows are cut, and how many is reported
+    packing: bool = True  # fill rows of max_length tokens with whole examples; attention never crosses them
+    completion_only_loss: bool = True  # train on completions, not on prompts
+    assistant_only_loss: bool = True  # in conversations, train on the assistant's turns only
+    allow_truncation: bool = False  # go on when more than 1% of the rows are cut
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning on ``text``, ``messages`` or ``prompt`` + ``completion`` records."""
+
+    config_class = SFTConfig
+    headline = ("loss", "mean_token_accuracy")
+    learning_rates = (2e-5, 2e-4)
+    keep_dropout = True
+
+    def prepare_data(self, records) -> list[list[Example]]:
+        a = self.args
+        examples, report = prepare_sft(
+            records,
+            self.tokenizer,
+            max_length=a.max_length,
+            completion_only=a.completion_only_loss,
+            assistant_only=a.assistant_only_loss,
+            allow_truncation=a.allow_truncation,
+            **self.tokenizing,
+        )
+        self.say(report)
+        if not a.packing:
+            return [[e] for e in examples]
+        bins = pack_bins([len(e) for e in examples], a.max_length, seed=a.seed)
+        return [[examples[i] for i in row] for row in bins]
+
+    def size(self, record: list[Example]) -> float:
+        return sum(e.weight * sum(e.response_mask[1:]) for e in record)
+
+    def losses(self, records: list[list[Example]], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
+        batch = TokenBatch.pack([e for row in records for e in row], self.policy.device)
+        logprobs, entropy = self.model(batch, entropy="detached")
+        weighted = logprobs if batch.weights is None else logprobs * batch.weights
+        tokens = max(batch.num_response_tokens, 1)
+        metrics = {"entropy": entropy.sum() / tokens}
+        if self.logs_this_step:  # costs a second pass over the body
+            metrics["mean_token_accuracy"] = self.policy.greedy_hits(batch) / tokens
+        yield -weighted.sum() / window.tokens, metrics, tokens

@@ -1,0 +1,476 @@
+"""What every trainer shares: the loop over rounds, windows and micro-batches; checkpoints; metrics.
+
+A *round* turns some rows of the data set into records to learn from (``collect``: for offline algorithms the rows
+themselves, for reinforcement learning sampled and scored responses). A *window* is what one optimizer step learns from.
+It is split into micro-batches of ``per_device_train_batch_size`` records whose losses are sums over one denominator, that
+of the whole window on all ranks: any split of the window gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from transformers import get_scheduler
+
+from rlhf_fast.data.packing import IndexSampler
+from rlhf_fast.data.sources import load_records
+from rlhf_fast.errors import UserError
+from rlhf_fast.models import disable_dropout, load
+from rlhf_fast.models.adapters import lora_config
+from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from rlhf_fast.run.config import save_config
+from rlhf_fast.run.means import Means
+from rlhf_fast.run.metrics import MetricsLog
+from rlhf_fast.run.signals import StopSignals
+
+from .config import TrainerConfig
+
+logger = logging.getLogger(__name__)
+MAX_SKIPPED_STEPS = 3
+
+
+@dataclass
+class Window:
+    """Sizes of one optimizer step's data, summed over all ranks: the denominators of its losses."""
+
+    records: float
+    tokens: float
+
+
+class Trainer:
+    """Base of all trainers. An algorithm gives ``prepare_data``, ``collect`` if it samples, ``losses`` and ``evaluate``.
+
+    Args:
+        model: a Hugging Face name, a model or run folder, or a transformers model.
+        args: the algorithm's config.
+        train_dataset: records: a ``datasets.Dataset``, a list of dicts, or a path.
+        eval_dataset: held-out records.
+        processing_class: the tokenizer; found beside the model when None.
+        peft_config: a LoRA configuration; from ``args`` when None.
+    """
+
+    config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
+    headline: ClassVar[tuple[str, ...]] = ("loss",)
+    role: ClassVar[str] = "policy"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)  # full fine-tuning, LoRA
+    keep_dropout: ClassVar[bool] = False
+    record_class: ClassVar[type | None] = None  # of records that a checkpoint must hold, because they were sampled
+
+    def __init__(
+        self, model, args=None, train_dataset=None, eval_dataset=None, processing_class=None, peft_config=None
+    ):
+        self.args = args if args is not None else self.config_class()
+        set_seed(self.args.seed)
+        if peft_config is None and self.args.use_peft:
+            a = self.args
+            peft_config = lora_config(a.lora_r, a.lora_alpha, a.lora_dropout, a.lora_target_modules)
+        # full fine-tuning keeps fp32 weights and computes in bf16: steps of a small learning rate vanish in bf16 weights
+        on_gpu = torch.cuda.is_available()
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if on_gpu and peft_config is None and self.args.dtype == "auto" else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.policy = load(
+            model,
+            tokenizer=processing_class,
+            peft_config=peft_config,
+            dtype=self._dtype(on_gpu and peft_config is not None),
+            device=self.accelerator.device,
+            role=self.role,
+        )
+        self.tokenizer = self.policy.tokenizer
+        if not self.keep_dropout:
+            disable_dropout(self.policy)
+        self.add_roles()
+        if self.args.gradient_checkpointing:
+            self.policy.checkpoint_activations()
+        self.train_records = self.prepare_data(_records(train_dataset, "train_dataset"))
+        self.eval_records = None if eval_dataset is None else self.prepare_data(_records(eval_dataset, "eval_dataset"))
+        self._build_optimizer()
+        self.step = 0
+        self.sampler = IndexSampler(len(self.train_records), self.args.seed)
+        self.records: Sequence[Any] = []  # of the current round
+        self.plan: list[list[int]] = []  # windows of the current round still to come, as indices into records
+        self.rows_drawn = 0  # by all ranks, since the start of the run
+        self.first_row = 0  # where this rank's rows of the round lie in that count: seeds derive from it
+        self._loss: Tensor | float = 0.0  # of the window, so far
+        self._skipped = 0  # steps in a row without a finite gradient
+        self.metrics = Means()
+        self.times: dict[str, float] = defaultdict(float)
+
+    @classmethod
+    def from_config(cls, config: TrainerConfig) -> Trainer:
+        """Build model and data sets from the names in ``config``."""
+        for name, what in (("model_name_or_path", "the model to train"), ("dataset_name", "the training data")):
+            if not getattr(config, name):
+                raise UserError(f"{name} is missing: say {what}, e.g. --{name} PATH")
+        evaluation = load_records(config.eval_dataset_name) if config.eval_dataset_name else None
+        return cls(
+            config.model_name_or_path,
+            args=config,
+            train_dataset=load_records(config.dataset_name),
+            eval_dataset=evaluation,
+            **cls.extra_arguments(config),
+        )
+
+    # ---- what an algorithm says
+
+    @classmethod
+    def extra_arguments(cls, config) -> dict[str, Any]:
+        """Constructor arguments besides model and data that ``config`` names."""
+        return {}
+
+    def add_roles(self) -> None:
+        """Add critic, reference, heads to ``self.policy``."""
+
+    def prepare_data(self, records) -> Sequence[Any]:
+        """Raw records -> tokenized ones."""
+        raise NotImplementedError
+
+    def collect(self, records: list[Any]) -> list[Any]:
+        """This rank's rows of a round -> what is learned from."""
+        return records
+
+    @property
+    def windows_per_round(self) -> int:
+        """Optimizer steps that one round feeds, before repeats."""
+        return 1
+
+    @property
+    def rows_per_window(self) -> float:
+        """Rows of the data set behind one window of one rank."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def make_plan(self, count: int) -> list[list[int]]:
+        """The windows over a round of ``count`` records, each a list of indices. All in one window unless overridden."""
+        return [list(range(count))]
+
+    def size(self, record: Any) -> int:
+        """Response tokens in a record."""
+        raise NotImplementedError
+
+    def losses(self, records: list[Any], window: Window) -> Iterator[tuple[Tensor, dict[str, Tensor | float], float]]:
+        """Yield (loss, metrics, weight of the metrics) for one micro-batch.
+
+        Each loss is backpropagated before the next is computed, so that one adapter's graph is gone before another
+        adapter is switched on.
+        """
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean losses and metrics over ``eval_dataset``, names prefixed ``eval_``."""
+        if self.eval_records is None:
+            raise UserError("evaluate() needs an eval_dataset")
+        means, size = Means(), self.args.per_device_train_batch_size
+        mine = self._share(list(self.eval_records))
+        for start in range(0, len(mine), size):
+            batch = self.collect(mine[start : start + size])
+            window = Window(len(batch), sum(map(self.size, batch)))
+            with torch.no_grad(), self._eval_mode():
+                for loss, metrics, weight in self.losses(batch, window):
+                    means.add({"loss": loss, **metrics}, weight)
+        return {f"eval_{name}": value for name, value in means.read().items()}
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What resuming needs beyond the loop's own."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`extra_state` gave."""
+
+    # ---- the loop
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
+        """Train, save the model into ``output_dir``, and return the last figures."""
+        out = Path(self.args.output_dir)
+        resumed = self._resume(out, resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            save_config(self.args, out / "config.yaml")
+        self.policy.train()
+        log = MetricsLog(
+            out,
+            list(self.headline),
+            self.total_steps,
+            trackers=self.args.report_to,
+            quiet=self.args.quiet,
+            resume_step=resumed,
+            config=dataclasses.asdict(self.args),
+            enabled=self.accelerator.is_main_process,
+        )
+        final: dict[str, float] = {}
+        with log, StopSignals() as stop:
+            started, tokens = time.perf_counter(), 0.0
+            while self.step < self.total_steps:
+                if not self.plan:
+                    self._begin_round()
+                with self.timed("train"):
+                    tokens += self._optimizer_step(self.plan.pop(0))
+                last = self.step == self.total_steps or stop.requested
+                if last or self.step % self.args.logging_steps == 0:
+                    final.update(self._log(log, time.perf_counter() - started, tokens))
+                    started, tokens = time.perf_counter(), 0.0
+                every = self.args.eval_steps
+                if self.eval_records is not None and (last or (every and self.step % every == 0)):
+                    figures = self.evaluate()
+                    log.log(self.step, figures)
+                    final.update(figures)
+                if last or self.step % self.args.save_steps == 0:
+                    self._save_checkpoint(out)
+                if stop.requested:
+                    log.print(f"{stop.name}: saved at step {self.step}; continue with --resume")
+                    break
+                log.tick(self.step)
+        self.save_model(out)
+        return final
+
+    def save_model(self, folder: str | Path | None = None) -> None:
+        """Write the trained model: adapter or weights, heads, tokenizer."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.policy.save(folder or self.args.output_dir)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        rounds = math.ceil(len(self.train_records) * self.args.num_train_epochs / self._rows_per_round)
+        return max(1, rounds) * len(self.make_plan(self._records_per_round))
+
+    @property
+    def _rows_per_round(self) -> int:
+        rows = self.rows_per_window * self.windows_per_round * self.accelerator.num_processes
+        return max(1, int(rows))
+
+    @property
+    def _records_per_round(self) -> int:
+        """Records of one rank in a full round."""
+        per_window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return per_window * self.windows_per_round
+
+    def _begin_round(self) -> None:
+        count = self._rows_per_round
+        if self.args.max_steps <= 0:  # the last round of the run is as short as the data
+            count = min(count, len(self.train_records) * self.args.num_train_epochs - self.rows_drawn)
+        rows = self.sampler.take(count)
+        self.first_row = self.rows_drawn + self._bounds(len(rows))[0]
+        self.rows_drawn += len(rows)
+        self.records = self.collect(self._share([self.train_records[i] for i in rows]))
+        self.plan = self.make_plan(len(self.records))
+
+    def _optimizer_step(self, indices: list[int]) -> float:
+        """One step on the records at ``indices``; returns the response tokens seen on all ranks."""
+        records = [self.records[i] for i in indices]
+        window = self._window(records)
+        size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        starts = range(0, max(1, len(records)), size)
+        for start in starts:
+            hold = start != starts[-1] and world > 1
+            with self.accelerator.no_sync(self.model) if hold else contextlib.nullcontext():
+                for loss, metrics, weight in self.losses(records[start : start + size], window):
+                    # DDP averages over ranks; the denominator already counts them all
+                    self.accelerator.backward(loss * world)
+                    self.metrics.add(metrics, weight)
+                    self._loss = self._loss + loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        self._apply(norm)
+        self.step += 1
+        self.after_step()
+        return window.tokens
+
+    def _apply(self, norm: Tensor) -> None:
+        """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
+        if bool(torch.isfinite(norm)):
+            self.optimizer.step()
+            self._skipped = 0
+        else:
+            self._skipped += 1
+            logger.warning("step %d skipped: the gradient norm is %s", self.step + 1, float(norm))
+            if self._skipped == MAX_SKIPPED_STEPS:
+                raise UserError(
+                    f"{MAX_SKIPPED_STEPS} steps in a row had non-finite gradients, the last at step {self.step + 1}; "
+                    f"lower the learning rate (now {self.scheduler.get_last_lr()[0]:g}) or inspect the data there"
+                )
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.accelerator.reduce(torch.as_tensor(self._loss, device=self.accelerator.device), "sum")
+        self.metrics.add({"loss": losses, "grad_norm": norm}, 1.0)
+        self._loss = 0.0
+
+    def _window(self, records: list[Any]) -> Window:
+        counts = torch.tensor([len(records), sum(map(self.size, records))], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts.to(self.accelerator.device, torch.float32), "sum")
+        records_, tokens = counts.tolist()
+        return Window(max(records_, 1.0), max(tokens, 1.0))
+
+    def _share(self, rows: list[Any]) -> list[Any]:
+        """This rank's contiguous part of ``rows``."""
+        return rows[slice(*self._bounds(len(rows)))]
+
+    def _bounds(self, count: int) -> tuple[int, int]:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return round(count * rank / world), round(count * (rank + 1) / world)
+
+    def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:
+        figures = self.metrics.read()
+        figures["lr"] = self.scheduler.get_last_lr()[0]
+        figures["epoch"] = self.sampler.epoch
+        figures["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        figures.update({f"time/{name}": value for name, value in self.times.items()})
+        self.times.clear()
+        if torch.cuda.is_available():
+            figures["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        log.log(self.step, figures)
+        return figures
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the step being computed ends in a log line."""
+        return (self.step + 1) % self.args.logging_steps == 0 or self.step + 1 >= self.total_steps
+
+    @property
+    def tokenizing(self) -> dict[str, Any]:
+        """What preparing data needs to know about the model."""
+        return {"stop_ids": self.policy.stop_ids, "vocab_size": self.policy.model.get_input_embeddings().num_embeddings}
+
+    def say(self, what: Any) -> None:
+        """Print once, not once per process."""
+        if not self.args.quiet:
+            self.accelerator.print(what)
+
+    def add_times(self, seconds: dict[str, float]) -> None:
+        for name, value in seconds.items():
+            self.times[name] += value
+
+    @contextlib.contextmanager
+    def timed(self, name: str):
+        """Count the block's seconds into ``time/<name>`` of the next log line."""
+        began = time.perf_counter()
+        yield
+        self.add_times({name: time.perf_counter() - began})
+
+    @contextlib.contextmanager
+    def _eval_mode(self):
+        self.policy.eval()
+        try:
+            yield
+        finally:
+            self.policy.train()
+
+    # ---- construction
+
+    def _dtype(self, half: bool) -> torch.dtype:
+        names = {"auto": torch.bfloat16 if half else torch.float32}
+        names |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if self.args.dtype not in names:
+            raise UserError(f"dtype is {self.args.dtype!r}; choose auto, float32 or bfloat16")
+        return names[self.args.dtype]
+
+    def _build_optimizer(self) -> None:
+        a = self.args
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        rate = a.learning_rate if a.learning_rate is not None else self.learning_rates[bool(self.policy.adapters.names)]
+        optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=a.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
+        # stepped by hand: accelerate's wrapper would advance it once per process
+        self.scheduler = get_scheduler(
+            a.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=math.ceil(a.warmup_ratio * self.total_steps),
+            num_training_steps=self.total_steps,
+        )
+
+    # ---- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Everything that continuing bit for bit needs. Collective: every rank must call it."""
+        local = {
+            "rng": rng_state(),
+            "records": [dataclasses.asdict(r) for r in self.records] if self.plan and self.record_class else None,
+        }
+        return {
+            "step": self.step,
+            "weights": {n: p for n, p in self.policy.named_parameters() if p.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "sampler": self.sampler.state(),
+            "rows_drawn": self.rows_drawn,
+            "plan": self.plan,
+            "ranks": gather_object([local]),
+            "extra": self.extra_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state`.
+
+        Raises:
+            UserError: the checkpoint holds other parameters, or was written by another number of processes.
+        """
+        mine = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
+        if mine.keys() != state["weights"].keys():
+            odd = min(mine.keys() ^ state["weights"].keys())
+            raise UserError(
+                f"the checkpoint does not fit this model and its LoRA settings: {odd} is only in one of them"
+            )
+        if len(state["ranks"]) != self.accelerator.num_processes:
+            raise UserError(
+                f"the checkpoint was written by {len(state['ranks'])} processes, this run has "
+                f"{self.accelerator.num_processes}; start as many"
+            )
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(state["weights"][name])
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.sampler.load_state(state["sampler"])
+        self.rows_drawn = state["rows_drawn"]
+        self.plan = state["plan"]
+        local = state["ranks"][self.accelerator.process_index]
+        if local["records"] is not None:
+            self.records = [self.restore_record(r) for r in local["records"]]
+        self.load_extra_state(state["extra"])
+        set_rng_state(local["rng"])
+
+    def restore_record(self, fields: dict[str, Any]) -> Any:
+        """A sampled record from its checkpointed fields."""
+        raise NotImplementedError
+
+    def _save_checkpoint(self, out: Path) -> None:
+        state = self.state()
+        if self.accelerator.is_main_process:
+            save_checkpoint(out / "checkpoints", self.step, state, keep=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, out: Path, which: str | bool) -> int:
+        path = find_checkpoint(out / "checkpoints", which)
+        self.load_state(load_checkpoint(path, verify=False))
+        logger.info("resumed from %s at step %d", path, self.step)
+        return self.step
+
+
+def _records(dataset, name: str):
+    if dataset is None:
+        raise UserError(f"{name} is missing: pass records, a datasets.Dataset, or a path")
+    records = load_records(dataset) if isinstance(dataset, (str, Path)) else dataset
+    if len(records) == 0:
+        raise UserError(f"{name} is empty: nothing to train on")
+    return records
