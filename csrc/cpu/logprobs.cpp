@@ -10,7 +10,7 @@
 namespace rlhf_fast::RF_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 2048;
+constexpr int64_t BLOCK = 4096;
 
 int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -168,10 +168,15 @@ void add_block(SoftmaxSum<double>& state, const float* x, int64_t n, float scale
     sum[l] += e;
     weighted[l] = fused(e, d, weighted[l]);
   }
+  double total = 0.0;
+  double total_weighted = 0.0;
+#pragma omp simd reduction(+ : total, total_weighted)
   for (int64_t l = 0; l < LANES; l++) {
-    state.sum += sum[l];
-    state.weighted += weighted[l];
+    total += sum[l];
+    total_weighted += weighted[l];
   }
+  state.sum += total;
+  state.weighted += total_weighted;
 }
 
 SoftmaxSum<double> sum_row(const ConstMatrix& logits, int64_t row, const Transform& transform) {

@@ -149,16 +149,18 @@ def _read_file(path: Path, split: str | None) -> Records:
         raise UserError(f"{path} is empty (0 bytes). Give a data set with at least one row.")
     if suffix == ".parquet":
         return _refuse_split(_read_parquet(path), path, split)
-    with _open_text(path) as file:
-        try:
+    try:
+        with _open_text(path) as file:
             if suffix.startswith(".json") and not suffix.startswith(".jsonl"):
                 return _read_json(file, path, split)
             reader = _read_csv if suffix.startswith(".csv") else _read_jsonl
             return _refuse_split(reader(file, path), path, split)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"{path} is not a complete gzip file ({error}). Write it again.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is not a complete gzip file ({error}). Write it again.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _open_text(path: Path) -> IO[str]:

@@ -187,7 +187,6 @@ class GRPOTrainer(Trainer):
             self.policy,
             self.eval_records[: a.num_eval_prompts],
             self.rollouts.functions,
-            names=self.rollouts.names,
             max_new_tokens=a.max_completion_length,
             max_batch_size=a.rollout_batch_size,
         )

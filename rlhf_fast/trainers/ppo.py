@@ -85,8 +85,9 @@ class PPOTrainer(Trainer):
         self.policy.add_reference()
         self.policy.add_role("value", trainable=True, head=True)
         if path := self.args.reward_model_path:
-            self.functions.append(RewardModel(attach(self.policy, "reward", path)))
-            self.names.append("reward_model")
+            model = RewardModel(attach(self.policy, "reward", path))
+            model.__name__ = "reward_model"  # its name in the metrics
+            self.functions, self.names = resolve_all([*self.functions, model])
 
     def prepare_data(self, records) -> list[Prompt]:
         limit = self.args.max_prompt_length
@@ -231,7 +232,6 @@ class PPOTrainer(Trainer):
             self.policy,
             self.eval_records[: a.num_eval_prompts],
             self.rollouts.functions,
-            names=self.rollouts.names,
             max_new_tokens=a.max_completion_length,
             max_batch_size=a.rollout_batch_size,
         )
