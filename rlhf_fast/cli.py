@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -99,19 +100,19 @@ def _run(argv: list[str]) -> int:
 
 def train(name: str, argv: Sequence[str]) -> int:
     """Run the trainer ``name``: config from flags and YAML, training, then table, plots and what to try next."""
-    import dataclasses
-
     from rlhf_fast.run.config import parse_config
 
     module, prefix = COMMANDS[name].target.split(":")
     config_class = getattr(_load(module), f"{prefix}Config")
     trainer_class = getattr(_load(module), f"{prefix}Trainer")
+    _check_backend()
     config = parse_config(
         config_class,
         ["--resume_from_checkpoint" + arg[8:] if arg.split("=")[0] == "--resume" else arg for arg in argv],
         prog=f"rlhf-fast {name}",
-        description=f"{COMMANDS[name].description.capitalize()}.\n\n--resume goes on from the last good checkpoint.",
+        description=f"{COMMANDS[name].description}.\n\n--resume goes on from the last good checkpoint.",
     )
+    _quiet_libraries()
     resume = config.resume_from_checkpoint
     _refuse_to_overwrite(Path(config.output_dir), resume)
     # not part of what the run is: its saved config starts a fresh run
@@ -121,6 +122,24 @@ def train(name: str, argv: Sequence[str]) -> int:
         _report(name, trainer, figures or {}, config)
     # a stopped run must not let a `sft && ppo` go on with half a model
     return 0 if trainer.step >= trainer.total_steps else 130
+
+
+def _check_backend() -> None:
+    from rlhf_fast.kernels import use_backend
+
+    try:
+        with use_backend(os.environ.get("RLHF_FAST_BACKEND") or "auto"):
+            pass
+    except ValueError as error:
+        raise UserError(f"RLHF_FAST_BACKEND: {error}") from error
+
+
+def _quiet_libraries() -> None:
+    """In a log file the progress bars of loading and saving are only noise."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _refuse_to_overwrite(run: Path, resume: Any) -> None:

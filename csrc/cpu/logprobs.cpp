@@ -10,7 +10,7 @@
 namespace rlhf_fast::RF_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 4096;
+constexpr int64_t BLOCK = 512;
 
 int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -51,10 +51,83 @@ Transform transform_of(const Head& head) {
   };
 }
 
-void apply_softcap(float* x, int64_t n, const Transform& transform) {
+// The loops over a block are functions of their own, with their constants in local variables: inlined among others they
+// keep sums on the stack, or are not vectorised at all.
+#define RF_LOOP __attribute__((noinline))
+
+RF_LOOP void widen_bf16(const uint16_t* x, int64_t n, float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    x[i] = soft_clip(x[i] * transform.logit_scale, transform.softcap);
+    out[i] = float_from_bf16(x[i]);
+  }
+}
+
+RF_LOOP void widen_half(const uint16_t* x, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = float_from_half(x[i]);
+  }
+}
+
+RF_LOOP void narrow_to_bf16(const float* x, int64_t n, uint16_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = bf16_from_float(x[i]);
+  }
+}
+
+RF_LOOP void narrow_to_half(const float* x, int64_t n, uint16_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = half_from_float(x[i]);
+  }
+}
+
+RF_LOOP void soft_clip_block(const float* x, int64_t n, float scale, float softcap, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = soft_clip(x[i] * scale, softcap);
+  }
+}
+
+RF_LOOP float block_max(const float* x, int64_t n) {
+  float max = -infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; i++) {
+    max = x[i] > max ? x[i] : max;
+  }
+  return max;
+}
+
+struct BlockSum {
+  float sum;
+  float weighted;
+};
+
+RF_LOOP BlockSum block_sum(const float* x, int64_t n, float shift, float scale_log2) {
+  float sum = 0.0f;
+  float weighted = 0.0f;
+#pragma omp simd reduction(+ : sum, weighted)
+  for (int64_t i = 0; i < n; i++) {
+    const float d = log2_distance(x[i], shift, scale_log2);
+    const float e = fast_exp2(d);
+    sum += e;
+    weighted = fused(e, d, weighted);
+  }
+  return {sum, weighted};
+}
+
+RF_LOOP void block_gradient(const float* x, int64_t n, RowGradient row, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = logit_gradient(x[i], row);
+  }
+}
+
+RF_LOOP void multiply_by_clip_slope(const float* clipped, int64_t n, float inverse_softcap, float* gradient) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    gradient[i] *= soft_clip_slope(clipped[i], inverse_softcap);
   }
 }
 
@@ -62,47 +135,26 @@ void apply_softcap(float* x, int64_t n, const Transform& transform) {
 const float* load(const ConstMatrix& logits, int64_t row, int64_t begin, int64_t n, const Transform& transform,
                   float* buffer) {
   const void* source = address(logits, row, begin);
+  const float* x = buffer;
   if (logits.dtype == Dtype::float32) {
-    const float* x = static_cast<const float*>(source);
-    if (transform.softcap == 0.0f) {
-      return x;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      buffer[i] = x[i];
-    }
+    x = static_cast<const float*>(source);
   } else if (logits.dtype == Dtype::bfloat16) {
-    const uint16_t* x = static_cast<const uint16_t*>(source);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      buffer[i] = float_from_bf16(x[i]);
-    }
+    widen_bf16(static_cast<const uint16_t*>(source), n, buffer);
   } else {
-    const uint16_t* x = static_cast<const uint16_t*>(source);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      buffer[i] = float_from_half(x[i]);
-    }
+    widen_half(static_cast<const uint16_t*>(source), n, buffer);
   }
   if (transform.softcap > 0.0f) {
-    apply_softcap(buffer, n, transform);
+    soft_clip_block(x, n, transform.logit_scale, transform.softcap, buffer);
+    x = buffer;
   }
-  return buffer;
+  return x;
 }
 
 void store(const float* x, int64_t n, Dtype dtype, void* destination) {
   if (dtype == Dtype::bfloat16) {
-    uint16_t* out = static_cast<uint16_t*>(destination);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      out[i] = bf16_from_float(x[i]);
-    }
+    narrow_to_bf16(x, n, static_cast<uint16_t*>(destination));
   } else {
-    uint16_t* out = static_cast<uint16_t*>(destination);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      out[i] = half_from_float(x[i]);
-    }
+    narrow_to_half(x, n, static_cast<uint16_t*>(destination));
   }
 }
 
@@ -111,125 +163,89 @@ float load_one(const ConstMatrix& logits, int64_t row, int64_t column, const Tra
   return *load(logits, row, column, 1, transform, buffer);
 }
 
-// Sums and maxima run in LANES independent lanes, whatever the width of the vector registers: short chains are fast and
-// round less, and every instruction set adds in the same order.
-constexpr int64_t LANES = 32;
-
-float block_max(const float* x, int64_t n) {
-  float lanes[LANES];
-#pragma omp simd
-  for (int64_t l = 0; l < LANES; l++) {
-    lanes[l] = -infinity();
-  }
-  const int64_t whole = n - n % LANES;
-  for (int64_t i = 0; i < whole; i += LANES) {
-#pragma omp simd
-    for (int64_t l = 0; l < LANES; l++) {
-      lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-    }
-  }
-  for (int64_t i = whole; i < n; i++) {
-    lanes[i - whole] = x[i] > lanes[i - whole] ? x[i] : lanes[i - whole];
-  }
-  float max = -infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t l = 0; l < LANES; l++) {
-    max = lanes[l] > max ? lanes[l] : max;
-  }
-  return max;
-}
-
-// `next` is where the block after this one begins in memory: fetching it while the exponentials keep the processor busy
-// halves the time that the maximum has to wait for memory.
-void add_block(SoftmaxSum<double>& state, const float* x, int64_t n, float scale_log2, const char* next,
-               int64_t next_step) {
-  raise_max(state, block_max(x, n), scale_log2);
-  const float shift = shift_of(state);
-  float sum[LANES] = {};
-  float weighted[LANES] = {};
-  const int64_t whole = n - n % LANES;
-  for (int64_t i = 0; i < whole; i += LANES) {
-    __builtin_prefetch(next);
-    __builtin_prefetch(next + 64);
-    next += next_step;
-#pragma omp simd
-    for (int64_t l = 0; l < LANES; l++) {
-      const float d = log2_distance(x[i + l], shift, scale_log2);
-      const float e = fast_exp2(d);
-      sum[l] += e;
-      weighted[l] = fused(e, d, weighted[l]);
-    }
-  }
-  const int64_t rest = n - whole;
-#pragma omp simd
-  for (int64_t l = 0; l < rest; l++) {
-    const float d = log2_distance(x[whole + l], shift, scale_log2);
-    const float e = fast_exp2(d);
-    sum[l] += e;
-    weighted[l] = fused(e, d, weighted[l]);
-  }
-  double total = 0.0;
-  double total_weighted = 0.0;
-#pragma omp simd reduction(+ : total, total_weighted)
-  for (int64_t l = 0; l < LANES; l++) {
-    total += sum[l];
-    total_weighted += weighted[l];
-  }
-  state.sum += total;
-  state.weighted += total_weighted;
-}
-
 SoftmaxSum<double> sum_row(const ConstMatrix& logits, int64_t row, const Transform& transform) {
   alignas(64) float buffer[BLOCK];
   SoftmaxSum<double> state = empty_softmax_sum<double>();
   for (int64_t begin = 0; begin < logits.columns; begin += BLOCK) {
     const int64_t n = smaller(BLOCK, logits.columns - begin);
     const float* x = load(logits, row, begin, n, transform, buffer);
-    const char* next = static_cast<const char*>(address(logits, row, begin + n));
-    add_block(state, x, n, transform.scale_log2, next, LANES * item_size(logits.dtype));
+    raise_max(state, block_max(x, n), transform.scale_log2);
+    const BlockSum block = block_sum(x, n, shift_of(state), transform.scale_log2);
+    state.sum += block.sum;
+    state.weighted += block.weighted;
   }
   return state;
 }
 
-struct RowResult {
-  double logprob;
-  double entropy;
-  double lse;
+// What turns a logit into a log-probability: log p = (x - anchor) * scale - log_sum.
+struct Normaliser {
+  float anchor;
+  double log_sum;
 };
 
-RowResult finish_row(const SoftmaxSum<double>& state, float label_logit, const Transform& transform) {
-  const double nan = __builtin_nan("");
+double log_probability(float x, const Normaliser& row, const Transform& transform) {
+  return (static_cast<double>(x) - row.anchor) * transform.scale - row.log_sum;
+}
+
+Normaliser normaliser_of(const SoftmaxSum<double>& state) {
   // weighted, unlike the maximum and the sum, takes up every NaN; a row without any finite maximum has no softmax
-  if (state.weighted != state.weighted || absolute(state.max) == infinity()) {
-    return {nan, nan, nan};
-  }
-  const double log_sum = __builtin_log(state.sum);
-  const double distance = (static_cast<double>(label_logit) - state.max) * transform.scale;
-  const double entropy = log_sum - LN_2 * state.weighted / state.sum;
-  return {distance - log_sum, entropy > 0.0 ? entropy : 0.0, state.max * transform.scale + log_sum};
+  const bool defined = state.weighted == state.weighted && absolute(state.max) < infinity();
+  return {state.max, defined ? __builtin_log(state.sum) : __builtin_nan("")};
 }
 
-void write(const RowStatistics& result, int64_t row, const RowResult& value) {
-  result.logprobs[row] = static_cast<float>(value.logprob);
-  result.entropy[row] = static_cast<float>(value.entropy);
-  result.lse[row] = value.lse;
+struct RowResult {
+  Normaliser normaliser;
+  double entropy;
+};
+
+RowResult normalise_row(const ConstMatrix& logits, int64_t row, const Transform& transform) {
+  const SoftmaxSum<double> state = sum_row(logits, row, transform);
+  const Normaliser normaliser = normaliser_of(state);
+  const double entropy = normaliser.log_sum - LN_2 * state.weighted / state.sum;
+  return {normaliser, entropy < 0.0 ? 0.0 : entropy};
 }
 
-// Upstream gradients of one row and what they meet: lse and entropy as the forward pass returned them.
+// One row of the forward pass: its statistics, and what a gradient needs.
+RowResult forward_row(const ConstMatrix& logits, int64_t row, int64_t label, const Transform& transform,
+                      const RowStatistics& statistics) {
+  const RowResult result = normalise_row(logits, row, transform);
+  const Normaliser& normaliser = result.normaliser;
+  const float label_logit = load_one(logits, row, label, transform);
+  statistics.logprobs[row] = static_cast<float>(log_probability(label_logit, normaliser, transform));
+  statistics.entropy[row] = static_cast<float>(result.entropy);
+  statistics.lse[row] = normaliser.anchor * transform.scale + normaliser.log_sum;
+  return result;
+}
+
+void ignore_row(int64_t row, const RowStatistics& statistics) {
+  statistics.logprobs[row] = 0.0f;
+  statistics.entropy[row] = 0.0f;
+  statistics.lse[row] = 0.0;
+}
+
+// The normaliser from a log-sum-exp. When the logits are so large that adding log(sum) to them changed nothing (a row
+// masked with the lowest finite number, say), the sum is formed again.
+Normaliser normaliser_from(double lse, const ConstMatrix& logits, int64_t row, const Transform& transform) {
+  const bool lost = (lse < 0.0 ? -lse : lse) > 1e7;
+  return lost ? normaliser_of(sum_row(logits, row, transform)) : Normaliser{0.0f, lse};
+}
+
 struct RowUpstream {
-  double lse;
+  Normaliser normaliser;
   double entropy;
   double logprob_gradient;
   double entropy_gradient;
 };
 
 RowGradient gradient_constants(const RowUpstream& up, const Transform& transform) {
-  const float shift = static_cast<float>(up.lse / transform.scale);
-  const double offset = (up.lse - shift * transform.scale) / LN_2;
+  const double anchor = up.normaliser.anchor;
+  const double log_sum = up.normaliser.log_sum;
   const double slope = transform.slope_without_cap;
+  // as much as possible goes into the shift, which is subtracted first: the rest is too small for its rounding to matter
+  const float shift = static_cast<float>(anchor + log_sum / transform.scale);
   return {
       shift,
-      static_cast<float>(offset),
+      static_cast<float>((log_sum - (shift - anchor) * transform.scale) / LN_2),
       transform.scale_log2,
       static_cast<float>(slope * (-up.logprob_gradient - up.entropy_gradient * up.entropy)),
       static_cast<float>(slope * -up.entropy_gradient * LN_2),
@@ -238,29 +254,13 @@ RowGradient gradient_constants(const RowUpstream& up, const Transform& transform
 
 // The label's own entry. 1 - p through expm1: for a token that is almost certain the difference keeps all its digits.
 float label_gradient(float logit, const RowUpstream& up, const Transform& transform) {
-  const double logprob = logit * transform.scale - up.lse;
+  const double logprob = log_probability(logit, up.normaliser, transform);
   const bool impossible = logprob < -700.0;
   const double p = impossible ? 0.0 : __builtin_exp(logprob);
   const double from_entropy = impossible ? 0.0 : -up.entropy_gradient * p * (logprob + up.entropy);
-  double gradient = -up.logprob_gradient * __builtin_expm1(logprob) + from_entropy;
-  gradient *= transform.slope_without_cap;
-  return static_cast<float>(transform.softcap > 0.0f ? gradient * soft_clip_slope(logit, 1.0f / transform.softcap)
-                                                     : gradient);
-}
-
-void block_gradient(const float* x, int64_t n, const RowGradient& row, const Transform& transform, float* out) {
-  if (transform.softcap > 0.0f) {
-    const float inverse_softcap = 1.0f / transform.softcap;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      out[i] = logit_gradient(x[i], row) * soft_clip_slope(x[i], inverse_softcap);
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      out[i] = logit_gradient(x[i], row);
-    }
-  }
+  const double gradient = -up.logprob_gradient * __builtin_expm1(logprob) + from_entropy;
+  const float cap_slope = transform.softcap > 0.0f ? soft_clip_slope(logit, 1.0f / transform.softcap) : 1.0f;
+  return static_cast<float>(gradient * transform.slope_without_cap * cap_slope);
 }
 
 // Each block is read before it is written, so `result` may be the logits themselves.
@@ -275,7 +275,10 @@ void row_gradient(const ConstMatrix& logits, int64_t row, int64_t label, const R
     const float* x = load(logits, row, begin, n, transform, buffer);
     void* destination = address(result, row, begin);
     float* out = result.dtype == Dtype::float32 ? static_cast<float*>(destination) : scratch;
-    block_gradient(x, n, constants, transform, out);
+    block_gradient(x, n, constants, out);
+    if (transform.softcap > 0.0f) {
+      multiply_by_clip_slope(x, n, 1.0f / transform.softcap, out);
+    }
     if (label >= begin && label < begin + n) {
       out[label - begin] = at_label;  // before rounding to a 16-bit result
     }
@@ -307,11 +310,10 @@ void token_logprobs_forward(const ConstMatrix& logits, const Head& head, const R
   for (int64_t row = 0; row < logits.rows; row++) {
     const int64_t label = head.labels[row];
     if (label == head.ignore_index) {
-      write(result, row, {0.0, 0.0, 0.0});
-      continue;
+      ignore_row(row, result);
+    } else {
+      forward_row(logits, row, label, transform, result);
     }
-    const float label_logit = load_one(logits, row, label, transform);
-    write(result, row, finish_row(sum_row(logits, row, transform), label_logit, transform));
   }
 }
 
@@ -322,13 +324,15 @@ void token_logprobs_backward(const ConstMatrix& logits, const Head& head, const 
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(worth_threads(logits, threads))
   for (int64_t row = 0; row < logits.rows; row++) {
     const int64_t label = head.labels[row];
+    const float logprob_gradient = gradients.logprobs[row];
     const float entropy_gradient = gradients.entropy ? gradients.entropy[row] : 0.0f;
-    if (label == head.ignore_index || (gradients.logprobs[row] == 0.0f && entropy_gradient == 0.0f)) {
+    if (label == head.ignore_index || (logprob_gradient == 0.0f && entropy_gradient == 0.0f)) {
       zero_row(logits.columns, row, result);
-      continue;
+    } else {
+      const Normaliser normaliser = normaliser_from(lse[row], logits, row, transform);
+      row_gradient(logits, row, label, {normaliser, entropy[row], logprob_gradient, entropy_gradient}, transform,
+                   result);
     }
-    const RowUpstream up{lse[row], entropy[row], gradients.logprobs[row], entropy_gradient};
-    row_gradient(logits, row, label, up, transform, result);
   }
 }
 
@@ -340,18 +344,16 @@ void head_rows(const ConstMatrix& logits, const Head& head, const RowStatistics&
   for (int64_t row = 0; row < logits.rows; row++) {
     const int64_t label = head.labels[row];
     if (label == head.ignore_index) {
-      write(statistics, row, {0.0, 0.0, 0.0});
+      ignore_row(row, statistics);
       if (result.data) {
         zero_row(logits.columns, row, result);
       }
       continue;
     }
-    const float label_logit = load_one(logits, row, label, transform);
-    const RowResult value = finish_row(sum_row(logits, row, transform), label_logit, transform);
-    write(statistics, row, value);
+    const RowResult forward = forward_row(logits, row, label, transform, statistics);
     if (result.data) {
       // the row is still in the L2 cache
-      row_gradient(logits, row, label, {value.lse, value.entropy, 1.0, 0.0}, transform, result);
+      row_gradient(logits, row, label, {forward.normaliser, forward.entropy, 1.0, 0.0}, transform, result);
     }
   }
 }

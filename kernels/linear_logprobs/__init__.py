@@ -146,7 +146,8 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.save_for_backward(labels, kept[2], hidden, weight)
         else:
             ctx.save_for_backward(labels, hidden, weight, bias, lse, row_entropy)
-        ctx.keep, ctx.needs, ctx.options, ctx.hidden_dtype = keep, needs, options, hidden.dtype
+        ctx.keep, ctx.needs, ctx.options, ctx.entropy = keep, needs, options, entropy
+        ctx.hidden_dtype = hidden.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -156,6 +157,8 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
         labels, *kept = ctx.saved_tensors
+        # a compiled graph fills in zeros even for what was marked as not differentiable
+        grad_entropy = grad_entropy if ctx.entropy else None
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 6
         ignore_index = ctx.options[3]

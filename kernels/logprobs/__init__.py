@@ -86,7 +86,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, logits, labels, temperature, softcap, ignore_index, entropy, inplace):
         logprobs, row_entropy, lse = _forward(logits, labels, temperature, softcap, ignore_index)
         ctx.save_for_backward(logits, labels, lse, row_entropy)
-        ctx.options = (temperature, softcap, ignore_index)
+        ctx.options, ctx.entropy = (temperature, softcap, ignore_index), entropy
         ctx.inplace = inplace and not torch.compiler.is_compiling() and not _rows_overlap(logits)
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -96,6 +96,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, labels, lse, row_entropy = ctx.saved_tensors
+        # a compiled graph fills in zeros even for what was marked as not differentiable
+        grad_entropy = grad_entropy if ctx.entropy else None
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
         grad_logprobs = torch.zeros_like(row_entropy) if grad_logprobs is None else grad_logprobs.contiguous()

@@ -93,8 +93,8 @@ def _show(result: Evaluation, model: str) -> None:
 
 
 def _brief(text: object, limit: int = 200) -> str:
-    """A prompt or response for a table: of messages the last; of a long text the end."""
-    text = text if isinstance(text, str) else str(text[-1]["content"])
+    """A prompt or response for a table: of messages the last; of a long text the end; on one line."""
+    text = " ".join((text if isinstance(text, str) else str(text[-1]["content"])).split())
     return text if len(text) <= limit else "..." + text[3 - limit :]
 
 

@@ -15,7 +15,7 @@ from rlhf_fast.errors import UserError
 if TYPE_CHECKING:
     from rlhf_fast.data.batch import Prompt
     from rlhf_fast.models import Policy
-    from rlhf_fast.rollout import GenerateEngine, Sample
+    from rlhf_fast.rollout import GenerateEngine, Request, Sample
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     engine, start = _engine(policy, args), 0
     for prompts in groups:
         for row in _responses(engine, prompts, args, start):
-            print(json.dumps(row, ensure_ascii=False) if args.prompts else row["completion"], flush=True)
+            print(json.dumps(row, ensure_ascii=False, default=str) if args.prompts else row["completion"], flush=True)
         start += len(prompts)
     return 0
 
@@ -97,7 +97,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
         policy = load(
             args.model, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), device=args.device
         )
-    except RuntimeError as error:  # torch's word for a device that does not exist
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that does not exist
         if args.device is None:
             raise
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
@@ -135,12 +135,12 @@ def _file_to_file(policy: Policy, args: argparse.Namespace) -> int:
     bar = progress_bar(len(prompts) * args.n, "responses")
     task, written = bar.task_ids[0], done * args.n
     with output.open("a", encoding="utf-8") as file, bar:
-        # a fresh callback value per block: the engine counts from 0 each time
+        # the engine counts from 0 in every block
         engine = _engine(policy, args, lambda count: bar.update(task, completed=written + count))
         bar.update(task, completed=written)
         for block in _blocks(prompts[done:], args):
             rows = _responses(engine, block, args, written // args.n)
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             file.flush()
             written += len(rows)
     print(f"{written} responses in {output}", file=sys.stderr)
@@ -221,18 +221,24 @@ def _blocks(prompts: list[Prompt], args: argparse.Namespace) -> Iterator[list[Pr
 def _responses(
     engine: GenerateEngine, prompts: Sequence[Prompt], args: argparse.Namespace, start: int
 ) -> list[dict[str, Any]]:
-    """One row per response. ``start`` is the number of prompts before these: every prompt has random numbers of its own."""
-    from rlhf_fast.rollout import Request, decode
+    """One row per response. ``start`` prompts came before these: every prompt has random numbers of its own."""
+    from rlhf_fast.rollout import decode
 
-    options = {"n": args.n, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    options |= {"top_p": args.top_p, "top_k": args.top_k, "stop": tuple(args.stop)}
-    seeds = (args.seed * 2**32 + start + i for i in range(len(prompts)))
-    groups = engine.generate([Request(p.input_ids, seed=seed, **options) for p, seed in zip(prompts, seeds)])
+    groups = engine.generate(_requests([prompt.input_ids for prompt in prompts], args, start))
     rows = []
     for prompt, samples in zip(prompts, groups):
         texts = decode(samples, engine.tokenizer)
         rows += [_row(prompt, text, sample) for text, sample in zip(texts, samples)]
     return rows
+
+
+def _requests(prompt_ids: Sequence[Sequence[int]], args: argparse.Namespace, start: int) -> list[Request]:
+    from rlhf_fast.rollout import Request
+
+    options = {"n": args.n, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    options |= {"top_p": args.top_p, "top_k": args.top_k, "stop": tuple(args.stop)}
+    seed = args.seed * 2**32 + start
+    return [Request(ids, seed=seed + i, **options) for i, ids in enumerate(prompt_ids)]
 
 
 def _row(prompt: Prompt, text: str, sample: Sample) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def recognise(records: Records, need: str) -> Format:
 
 def _nearest(columns: list[str], formats: Sequence[Format]) -> str:
     """The renaming that would complete a format, if one letter-close one exists; else what is missing from the closest."""
+
     def missing(fmt: Format) -> list[str]:
         return [group[0] for group in fmt.columns if not any(name in columns for name in group)]
 
@@ -195,7 +196,9 @@ def _response(name: str, value: Any, prompt: str | list[dict]) -> str | list[dic
     """A response of the prompt's kind: a bare string after a list of messages is the assistant's."""
     if isinstance(prompt, str):
         if isinstance(value, list):
-            raise BadRow(f"wrong {name}", f"`{name}` is a list of messages, but `prompt` is a string. Use one kind for both.")
+            raise BadRow(
+                f"wrong {name}", f"`{name}` is a list of messages, but `prompt` is a string. Use one kind for both."
+            )
         return _string(name, value)
     if isinstance(value, str):
         return [{"role": "assistant", "content": _string(name, value)}]
@@ -247,7 +250,12 @@ def _conversation(row: Row) -> Row:
 def _prompt_completion(row: Row) -> Row:
     prompt = _prompt(_get(row, "prompt")[1])
     name, value = _get(row, "completion", "response")
-    return {"prompt": prompt, "completion": _response(name, value, prompt), **_rest(row, "prompt", name), **_weight(row)}
+    return {
+        "prompt": prompt,
+        "completion": _response(name, value, prompt),
+        **_rest(row, "prompt", name),
+        **_weight(row),
+    }
 
 
 def _alpaca(row: Row) -> Row:
@@ -365,7 +373,12 @@ def _pair(row: Row) -> Row:
     responses = [_response("chosen", chosen, prompt), _response("rejected", rejected, prompt)]
     if responses[0] == responses[1]:
         raise BadRow("identical responses", "`chosen` and `rejected` are identical, so nothing is preferred.")
-    out = {"prompt": prompt, "responses": responses, **_rest(row, "prompt", "chosen", "rejected", "margin"), **_weight(row)}
+    out = {
+        "prompt": prompt,
+        "responses": responses,
+        **_rest(row, "prompt", "chosen", "rejected", "margin"),
+        **_weight(row),
+    }
     return out if row.get("margin") is None else {**out, "margin": _number("margin", row["margin"])}
 
 
@@ -410,7 +423,8 @@ def _ranked(row: Row) -> Row:
         raise BadRow("wrong responses", f"`responses` must be a list of two or more, got {_describe(responses)}.")
     if not isinstance(ranking, list) or len(ranking) != len(responses):
         raise BadRow(
-            "wrong ranking", f"`ranking` must give one rank for each of the {len(responses)} responses, got {_describe(ranking)}."
+            "wrong ranking",
+            f"`ranking` must give one rank for each of the {len(responses)} responses, got {_describe(ranking)}.",
         )
     responses = [_response(f"responses[{i}]", r, prompt) for i, r in enumerate(responses)]
     ranks = [_rank(value) for value in ranking]

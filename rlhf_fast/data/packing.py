@@ -89,7 +89,9 @@ class IndexSampler:
         """
         for key in ("n", "seed", "shuffle"):
             if state[key] != getattr(self, key):
-                raise ValueError(f"cannot resume the order of the data: {key} was {state[key]}, now {getattr(self, key)}")
+                raise ValueError(
+                    f"cannot resume the order of the data: {key} was {state[key]}, now {getattr(self, key)}"
+                )
         self.cursor = state["cursor"]
 
     def _order(self, epoch: int) -> list[int]:

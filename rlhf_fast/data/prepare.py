@@ -50,10 +50,14 @@ class Report:
     def lines(self) -> list[str]:
         """The report, a sentence a line, the token audit last."""
         trained = f", {self.trained_tokens:,} trained" if self.trained_tokens else ""
-        first = f"{self.name}: {self.kept:,} of {self.rows:,} rows of {self.source} ({self.format}), {self.tokens:,} tokens"
+        first = (
+            f"{self.name}: {self.kept:,} of {self.rows:,} rows of {self.source} ({self.format}), {self.tokens:,} tokens"
+        )
         out = [f"{first}{trained}, longest {self.longest:,}"]
         if self.truncated or self.tokens_cut:
-            out.append(f"{self.name}: {self.truncated:,} rows truncated to {self.max_length}, {self.tokens_cut:,} tokens cut")
+            out.append(
+                f"{self.name}: {self.truncated:,} rows truncated to {self.max_length}, {self.tokens_cut:,} tokens cut"
+            )
         out += [f"{self.name}: {rows:,} rows dropped: {reason}" for reason, rows in self.dropped.items() if rows]
         out += [f"{self.name}: in {rows:,} rows {note}" for note, rows in self.notes.items()]
         return out + self.audit
@@ -131,7 +135,9 @@ def prepare_prompts(
     A prompt longer than ``max_prompt_length`` tokens is dropped, never cut: a cut question has another answer. Other
     arguments and errors are those of :func:`prepare_sft`.
     """
-    work = _Preparation(records, "prompts", tokenizer, max_prompt_length, allow_truncation, "max_prompt_length", **options)
+    work = _Preparation(
+        records, "prompts", tokenizer, max_prompt_length, allow_truncation, "max_prompt_length", **options
+    )
     # a column that only some rows have reaches rewards as None in the others
     columns = list(dict.fromkeys(key for row in work.rows for key in row if key not in RESERVED_COLUMNS))
 

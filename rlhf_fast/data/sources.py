@@ -77,7 +77,7 @@ def load_records(source: Any, split: str | None = None) -> Records:
     return records
 
 
-def train_test(records: Sequence[dict], test: int | float, seed: int = 0) -> tuple[Records, Records]:
+def train_test(records: Sequence[dict], test: float, seed: int = 0) -> tuple[Records, Records]:
     """Hold out ``test`` rows (an int) or that share of them (a float below 1), chosen by ``seed``.
 
     Returns:
@@ -103,7 +103,7 @@ def _load_named(name: str, split: str | None) -> Records:
     if not path.exists() and ":" in name:
         head, _, tail = name.rpartition(":")
         if split is not None and split != tail:
-            raise UserError(f"Two splits for one data set: {name!r} names {tail!r}, but the split asked for is {split!r}.")
+            raise UserError(f"Two splits for one data set: {name!r} names {tail!r}, but {split!r} was asked for.")
         name, split, path = head, tail, Path(head).expanduser()
     if path.is_file():
         return _read_file(path, split)
@@ -117,7 +117,8 @@ def _load_named(name: str, split: str | None) -> Records:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.endswith(SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 2 or "\\" in name
+    suffixes = (*SUFFIXES, ".txt", ".md", ".tsv", ".arrow")
+    return name.endswith(suffixes) or name.startswith(("/", ".", "~")) or name.count("/") > 2 or "\\" in name
 
 
 def _nearest_entry(path: Path) -> str | None:
@@ -211,7 +212,7 @@ def _read_hub(name: str, split: str | None, near: str | None) -> Records:
     try:
         loaded = datasets.load_dataset(hub_name, config, split=split or None)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        hint = f"Did you mean {near!r}?" if near else "For a file give its path; for the hub, check the name and the network."
+        hint = f"Did you mean {near!r}?" if near else "Check the path, or the hub name and the network."
         raise UserError(
             f"{name!r} is no file or folder here, and loading it as a hub data set failed: {_first_line(error)}. {hint}"
         ) from None
@@ -258,7 +259,9 @@ def _read_jsonl(file: IO[str], path: Path) -> Records:
                 "Every line must be one complete JSON object."
             ) from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, got {_json_type(row)}: {line.strip()[:60]!r}.")
+            raise UserError(
+                f"{path}, line {number}: expected a JSON object, got {_json_type(row)}: {line.strip()[:60]!r}."
+            )
         rows.append(row)
         lines.append(f"line {number}")
     return Records(rows, str(path), lines)
@@ -275,7 +278,9 @@ def _read_json(file: IO[str], path: Path, split: str | None) -> Records:
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
         value, split = _pick_split(value, split or ("data" if "data" in value else None), str(path)), None
     elif isinstance(value, dict):
-        raise UserError(f"{path}: expected a list of objects, got one object with the keys {', '.join(value) or '(none)'}.")
+        raise UserError(
+            f"{path}: expected a list of objects, got one object with the keys {', '.join(value) or '(none)'}."
+        )
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of objects, got {_json_type(value)}.")
     return _refuse_split(_from_object(value, None, str(path)), path, split)

@@ -106,10 +106,14 @@ def preferences(
     """
     unknown = set(kinds) - set(KINDS)
     if unknown or not 2 <= k <= len(kinds):
-        raise UserError(f"k = {k} responses need at least as many kinds, out of {', '.join(KINDS)}; got {', '.join(kinds)}.")
+        raise UserError(
+            f"k = {k} responses need at least as many kinds, out of {', '.join(KINDS)}; got {', '.join(kinds)}."
+        )
     parts = addition(rows, held_out=held_out, low=low, high=high, reverse=reverse, width=width, seed=seed)
     rng = random.Random(f"preferences/{seed}")
-    return tuple([_preference_row(row, k, noisy, kinds, rng) for row in part] for part, noisy in zip(parts, (noise, 0.0)))
+    return tuple(
+        [_preference_row(row, k, noisy, kinds, rng) for row in part] for part, noisy in zip(parts, (noise, 0.0))
+    )
 
 
 def quality(response: str, answer: str) -> float:
@@ -226,7 +230,9 @@ def _distinct(count: int, draw: Callable, key: Callable, excluded: set) -> list[
         if calculation not in excluded:
             found.setdefault(key(calculation, row), (calculation, row))
     if len(found) < count:
-        raise UserError(f"Only {len(found)} different word problems can be made this way, not {count}. Raise high or steps.")
+        raise UserError(
+            f"Only {len(found)} different word problems can be made this way, not {count}. Raise high or steps."
+        )
     return list(found.values())
 
 

@@ -94,7 +94,9 @@ def set_chat_template(tokenizer: Any, template: str) -> None:
     if template == "chatml":
         missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
         if missing:
-            raise UserError(f"The chatml template needs {' and '.join(missing)} in the vocabulary. Use 'plain' instead.")
+            raise UserError(
+                f"The chatml template needs {' and '.join(missing)} in the vocabulary. Use 'plain' instead."
+            )
     text = BUILT_IN.get(template)
     if text is None and "{" in template:
         text = template
@@ -253,12 +255,14 @@ class Encoder:
             end = common_prefix_length(upto, ids)
             stops = [t for t in range(start, len(ids)) if ids[t] in self.stop_ids]
             if end == len(upto):
-                end = max([t + 1 for t in stops if t < end], default=end)
+                pass
             elif stops:
                 # templates that shorten earlier turns (reasoning dropped) render a last turn differently
                 end = stops[0] + 1
             else:
-                raise BadRow("unclear turns", "the chat template renders earlier turns anew; give it {% generation %} markers.")
+                raise BadRow(
+                    "unclear turns", "the chat template renders earlier turns anew; give it {% generation %} markers."
+                )
             mask[start:end] = [True] * (end - start)
         return ids, mask
 

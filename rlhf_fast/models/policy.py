@@ -185,8 +185,6 @@ class Policy(nn.Module):
         model = self.model_for(role)
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         weight, bias = head.weight, getattr(head, "bias", None)
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
         # Cohere multiplies logits, Granite divides them, Gemma 2 caps them
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)

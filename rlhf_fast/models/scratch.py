@@ -99,7 +99,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
     special = [PAD, START, END]
     if vocab_size < 256 + len(special):
-        raise UserError(f"A vocabulary needs at least {256 + len(special)} tokens (bytes and specials), got {vocab_size}.")
+        raise UserError(
+            f"A vocabulary needs at least {256 + len(special)} tokens (bytes and specials), got {vocab_size}."
+        )
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -130,7 +132,9 @@ def _with_roles(texts: Iterable[str]) -> Iterator[str]:
         if i % 10 == 0:
             yield "system\nuser\nassistant\n" * 2
     if empty:
-        raise UserError("The corpus holds no text to train a tokenizer on. Give a text file or a data set with strings.")
+        raise UserError(
+            "The corpus holds no text to train a tokenizer on. Give a text file or a data set with strings."
+        )
 
 
 def _texts(corpus: str | Path | Iterable[str]) -> Iterable[str]:

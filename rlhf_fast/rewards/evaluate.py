@@ -112,12 +112,12 @@ def _reward_metrics(table: RewardTable, n: int) -> dict[str, float]:
 
 
 def _mean(values: Tensor) -> float:
-    return float(values.nanmean())
+    return float(values.double().nanmean())
 
 
 def _standard_error(values: Tensor, n: int) -> float:
     """Of the mean, over prompts: the samples of one prompt are not independent of each other."""
-    per_prompt = values.view(-1, n).nanmean(1)
+    per_prompt = values.double().view(-1, n).nanmean(1)
     per_prompt = per_prompt[~per_prompt.isnan()]
     return float(per_prompt.std() / math.sqrt(len(per_prompt))) if len(per_prompt) > 1 else math.nan
 

@@ -29,7 +29,7 @@ class MetricsLog:
 
     Args:
         run_dir: the run folder; made when missing.
-        headline: metrics to show beside the bar, most important first; those not logged yet are left out.
+        headline: metrics that each log prints in a line (above the bar, on a terminal), most important first.
         total_steps: optimizer steps of the whole run.
         trackers: names that accelerate knows: ``tensorboard``, ``wandb``, ...
         quiet: write files and trackers only.
@@ -68,7 +68,7 @@ class MetricsLog:
         self._console = Console(quiet=quiet, highlight=False)
         if self._console.is_terminal and not quiet:
             self._progress = _progress_bar(self._console)
-            self._task = self._progress.add_task("", total=total_steps, completed=self._first_step, figures="", note="")
+            self._task = self._progress.add_task("", total=total_steps, completed=self._first_step, note="")
             self._progress.start()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ class MetricsLog:
         if self._progress is None:
             self.print(f"step {step:>{width}}/{self.total_steps}  {figures}{self._eta(step)}")
         else:
-            self._progress.update(self._task, completed=step, figures=escape(figures), note="")
+            self._progress.update(self._task, completed=step, note="")
             self._console.print(f"[dim]step {step:>{width}}[/]  {escape(figures)}", soft_wrap=True)
 
     def _eta(self, step: int) -> str:
@@ -207,7 +207,6 @@ def _progress_bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
         TextColumn("[dim]{task.fields[note]}"),
         console=console,
         # a step may take minutes: estimate from the last quarter of an hour

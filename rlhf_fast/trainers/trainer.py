@@ -222,7 +222,8 @@ class Trainer:
                     self._begin_round()
                 with self.timed("train"):
                     tokens += self._optimizer_step(self.plan.pop(0))
-                last = self.step == self.total_steps or stop.requested
+                stopping = stop.requested  # read once: a signal that comes while logging waits for the next step
+                last = self.step == self.total_steps or stopping
                 if last or self.step % self.args.logging_steps == 0:
                     final.update(self._log(log, time.perf_counter() - started, tokens))
                     started, tokens = time.perf_counter(), 0.0
@@ -233,7 +234,7 @@ class Trainer:
                     final.update(figures)
                 if last or self.step % self.args.save_steps == 0:
                     self._save_checkpoint(out)
-                if stop.requested:
+                if stopping:
                     log.print(f"{stop.name}: saved at step {self.step}; continue with --resume")
                     break
                 log.tick(self.step)

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from tokenizers import processors
 
 from rlhf_fast.models.scratch import train_tokenizer
 
@@ -27,17 +28,18 @@ def tokenizer(_trained):
 
 @pytest.fixture
 def bos_tokenizer(tokenizer):
-    """Puts <s> before every text, as Llama's does; its chat template writes <s> itself."""
-    return with_bos(tokenizer)
+    """Puts <s> before every text, as Llama's does."""
+    return wrapping(tokenizer, "<s> $A")
 
 
-def with_bos(tokenizer, also_eos=False):
-    from tokenizers import processors
+@pytest.fixture
+def bos_eos_tokenizer(tokenizer):
+    """Puts <s> before and <|im_end|> after every text."""
+    return wrapping(tokenizer, "<s> $A <|im_end|>")
 
+
+def wrapping(tokenizer, pieces):
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    pieces, ids = "<s> $A", [("<s>", bos)]
-    if also_eos:
-        pieces, ids = pieces + " <|im_end|>", [*ids, ("<|im_end|>", eos)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=ids)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>") if token in pieces]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
     return tokenizer

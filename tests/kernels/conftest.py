@@ -30,3 +30,22 @@ def device(backend) -> str:
 
 def device_of(backend: str) -> str:
     return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def no_worse():
+    """Assert that a result errs at most twice as much as plain PyTorch in the same dtype does, plus 2 ulp."""
+
+    def check(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+        assert actual.shape == exact.shape
+        assert actual.dtype == plain.dtype
+        ulp = torch.finfo(actual.dtype).eps
+        actual, plain, exact = (x.detach().cpu().double() for x in (actual, plain, exact))
+        finite = exact.isfinite()
+        torch.testing.assert_close(actual[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
+        if finite.any():
+            actual, plain, exact = actual[finite], plain[finite], exact[finite]
+            allowed = 2 * (plain - exact).abs().max() + 2 * ulp * exact.abs().max()
+            assert (actual - exact).abs().max() <= allowed
+
+    return check

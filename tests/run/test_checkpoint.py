@@ -68,6 +68,7 @@ def test_tensors_of_every_dtype_come_back_bit_for_bit(tmp_path, dtype, shape):
 
 def test_views_shared_storage_and_conjugates_come_back_as_their_values(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
+    wave = torch.complex(base, base + 1)
     state = {
         "whole": base,
         "transposed": base.t(),
@@ -75,13 +76,17 @@ def test_views_shared_storage_and_conjugates_come_back_as_their_values(tmp_path)
         "expanded": base[:1].expand(3, 6),
         "overlapping": [base[0:3], base[1:4]],
         "again": base,
-        "conjugate": torch.complex(base, base + 1).conj(),
-        "imaginary": torch.complex(base, base + 1).conj().imag,
+        "complex": wave,
+        "conjugate": wave.conj(),
+        "imaginary": wave.imag,
+        "negated": wave.conj().imag,
         "parameter": torch.nn.Parameter(base.clone()),
     }
     back = roundtrip(tmp_path, state)
     for key, value in state.items():
-        expected = [v.clone() for v in value] if isinstance(value, list) else value.detach().resolve_conj().resolve_neg()
+        expected = (
+            [v.clone() for v in value] if isinstance(value, list) else value.detach().resolve_conj().resolve_neg()
+        )
         assert same(expected, back[key]), key
     back["strided"].zero_()
     assert torch.equal(back["whole"], base), "views must not share memory after loading"
@@ -104,7 +109,9 @@ scalars = (
     | st.text()
     | st.sampled_from(["$tensor", "a/b", "\ud800"])
 )
-keys = st.text(max_size=4) | st.integers(-(2**70), 2**70) | st.sampled_from(["$dict", "$int", "a/b", "a", None, True, 0.5])
+keys = (
+    st.text(max_size=4) | st.integers(-(2**70), 2**70) | st.sampled_from(["$dict", "$int", "a/b", "a", None, True, 0.5])
+)
 trees = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(keys, inner, max_size=4),
@@ -263,6 +270,15 @@ def test_a_flipped_bit_is_noticed(two, caplog, file):
     damaged(two, caplog, f"{file} was altered")
 
 
+def test_a_manifest_that_forgets_a_file_is_noticed(two, caplog):
+    """Well-formed JSON, so only its own digest can tell."""
+    path = two / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["tensors-00001.safetensors"]
+    path.write_text(json.dumps(manifest))
+    damaged(two, caplog, "manifest.json was altered")
+
+
 def test_no_flipped_bit_of_any_file_changes_what_is_loaded(two):
     """200 random single-bit flips: each is noticed, or (white space of the manifest) changes nothing."""
     folder, draw = two / "step-00000002", random.Random(0)
@@ -325,74 +341,64 @@ def test_a_kill_between_replacing_and_renaming_loses_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
 
 
-SAVER = textwrap.dedent("""
+KILLED = textwrap.dedent("""
     import os, signal, sys
     import torch
     from rlhf_fast.run import checkpoint
     from rlhf_fast.run.checkpoint import save_checkpoint
 
-    root, fatal = sys.argv[1], int(sys.argv[2])
-    calls = 0
+    def save(root, step, content):
+        save_checkpoint(root, step, {"content": content, "w": torch.full((1000,), float(content))}, keep=1)
 
     def dying(original):
         def wrapped(*args, **kwargs):
-            global calls
-            calls += 1
-            if calls == fatal:
+            global left
+            left -= 1
+            if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
         return wrapped
 
-    save_checkpoint(root, 1, {"step": 1, "w": torch.full((1000,), 1.0)}, keep=1)
-    # every step that touches the disk may be the last
-    checkpoint._sync = dying(checkpoint._sync)
-    checkpoint.save_file = dying(checkpoint.save_file)
-    checkpoint.shutil.rmtree = dying(checkpoint.shutil.rmtree)
-    checkpoint.Path.rename = dying(checkpoint.Path.rename)
-    checkpoint.Path.write_bytes = dying(checkpoint.Path.write_bytes)
-    checkpoint.Path.write_text = dying(checkpoint.Path.write_text)
-    save_checkpoint(root, 2, {"step": 2, "w": torch.full((1000,), 2.0)}, keep=1)
-    print("survived", calls)
+    root, second, point = sys.argv[1], int(sys.argv[2]), 0
+    while True:  # a forked child per point, until one survives
+        point += 1
+        child = os.fork()
+        if child == 0:
+            save(f"{root}/{point}", 1, 1)
+            left = point
+            # everything that touches the disk may be the last
+            for owner, name in (
+                (checkpoint, "_sync"), (checkpoint, "save_file"), (checkpoint.shutil, "rmtree"),
+                (checkpoint.Path, "rename"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),
+            ):
+                setattr(owner, name, dying(getattr(owner, name)))
+            save(f"{root}/{point}", second, 2)
+            os._exit(0)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            break
+    print(point - 1)
 """)
 
 
-def test_kill_9_at_every_point_of_a_save_leaves_a_good_checkpoint(tmp_path):
-    """One forked child per point: killed at the n-th disk operation, for every n until the save survives."""
-    child = textwrap.dedent("""
-        import os, sys
-        saver = sys.stdin.read()
-        import torch, rlhf_fast.run.checkpoint  # once, before forking
-        fatal = 1
-        while True:
-            pid = os.fork()
-            if pid == 0:
-                sys.argv = ["saver", f"{sys.argv[1]}/{fatal}", str(fatal)]
-                exec(compile(saver, "saver", "exec"), {})
-                sys.stdout.flush()
-                os._exit(0)
-            status = os.waitpid(pid, 0)[1]
-            print("killed" if os.WIFSIGNALED(status) else "done", fatal, flush=True)
-            if not os.WIFSIGNALED(status):
-                break
-            fatal += 1
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", child, str(tmp_path)], input=SAVER, cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "survived" in done.stdout, done.stderr
-    points = done.stdout.count("killed")
-    assert points >= 10, "mkdir .. rename .. prune: fewer disk operations than the save makes"
-    steps = []
+@pytest.mark.parametrize("second", [2, 1], ids=["another step", "the same step again"])
+def test_kill_9_at_every_point_of_a_save_leaves_a_good_checkpoint(tmp_path, second):
+    """The second of two saves, with keep=1, is killed at its n-th disk operation, for every n."""
+    arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(second)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    points = int(done.stdout)
+    assert points >= 10, done.stderr
+    found = []
     for point in range(1, points + 1):
-        state = load_checkpoint(latest_checkpoint(tmp_path / str(point)))
-        assert torch.equal(state["w"], torch.full((1000,), float(state["step"])))
-        steps.append(state["step"])
+        root = tmp_path / str(point)
+        state = load_checkpoint(latest_checkpoint(root))
+        assert torch.equal(state["w"], torch.full((1000,), float(state["content"])))
+        found.append(state["content"])
         # and the next save cleans up
-        save_checkpoint(tmp_path / str(point), 3, {"step": 3}, keep=1)
-        assert [p.name for p in (tmp_path / str(point)).iterdir()] == ["step-00000003"]
+        save_checkpoint(root, 3, {"step": 3}, keep=1)
+        assert [p.name for p in root.iterdir()] == ["step-00000003"]
     # early kills leave the first, late ones the second; never back and forth
-    assert steps == sorted(steps)
-    assert set(steps) == {1, 2}
+    assert found == sorted(found)
+    assert set(found) == {1, 2}
 
 
 def test_kill_9_at_a_random_moment_leaves_a_good_checkpoint(tmp_path):
@@ -404,9 +410,7 @@ def test_kill_9_at_a_random_moment_leaves_a_good_checkpoint(tmp_path):
             save_checkpoint(sys.argv[1], step, {"step": step, "w": torch.full((1 << 18,), float(step))}, keep=2)
             print(step, flush=True)
     """)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     seen = [int(process.stdout.readline()) for _ in range(3)]
     while not list(tmp_path.glob(".tmp-*")):  # until one is being written
         assert process.poll() is None
@@ -423,7 +427,13 @@ def test_kill_9_at_a_random_moment_leaves_a_good_checkpoint(tmp_path):
 
 def test_every_generator_continues_where_it_was(tmp_path):
     def draw():
-        return random.random(), random.gauss(0, 1), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist()
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(3).tolist(),
+            np.random.randn(),
+            torch.rand(3).tolist(),
+        )
 
     draw()  # an odd number of normals: the cached second one belongs to the state
     path = save_checkpoint(tmp_path, 1, {"rng": rng_state()}, keep=1)

@@ -36,9 +36,7 @@ class AlgorithmConfig(BaseConfig):
     output_dir: str = "runs/algorithm"  # the algorithm's own run folder
     scale: Literal["group", "batch", "none"] = "group"  # of advantages
     weights: list[float] | None = None  # one per reward
-    funcs: list[Any] = field(
-        default_factory=list
-    )  # rewards: names or mappings
+    funcs: list[Any] = field(default_factory=list)  # rewards: names or mappings
     modules: str | list[str] = "all-linear"  # adapted layers
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     options: dict[str, int] = field(default_factory=dict)  # extras
@@ -228,7 +226,24 @@ def test_a_field_without_a_default_is_required():
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])) | st.sampled_from(
-    ["1e5", "1e-5", "null", "true", "no", "2026-01-31", "~", "0x10", "12:30:45", "- a", "a: b", "#", " x ", "'", "{", "1_0"]
+    [
+        "1e5",
+        "1e-5",
+        "null",
+        "true",
+        "no",
+        "2026-01-31",
+        "~",
+        "0x10",
+        "12:30:45",
+        "- a",
+        "a: b",
+        "#",
+        " x ",
+        "'",
+        "{",
+        "1_0",
+    ]
 )
 
 

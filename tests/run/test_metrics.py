@@ -163,7 +163,13 @@ def test_numbers_read_well(value, text):
 
 
 def test_durations_read_well():
-    assert [format_duration(s) for s in (0.4, 59.6, 3599, 3600, 100_000)] == ["0:00", "1:00", "59:59", "1:00:00", "27:46:40"]
+    assert [format_duration(s) for s in (0.4, 59.6, 3599, 3600, 100_000)] == [
+        "0:00",
+        "1:00",
+        "59:59",
+        "1:00:00",
+        "27:46:40",
+    ]
 
 
 def test_a_table_takes_rows_or_a_mapping_and_any_text(capsys):

@@ -1,0 +1,73 @@
+"""The figures that the command prints and writes are those of the responses it saves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhf_fast.cli import main
+from rlhf_fast.models.scratch import new_model
+
+TEXTS = [f"{a}+{a * 7 % 10}=" for a in range(24)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(new_model("nano", TEXTS * 9, tmp_path_factory.mktemp("model") / "nano", vocab_size=300, quiet=True))
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"prompt": t, "answer": str(i)}) + "\n" for i, t in enumerate(TEXTS)))
+    return str(path)
+
+
+def test_figures_and_responses_are_written_side_by_side(model, held_out, tmp_path, capsys):
+    out = tmp_path / "results" / "step1.json"
+    rewards = ("answer", '{"name": "format", "pattern": "="}')
+    arguments = [
+        "--dataset_name",
+        held_out,
+        "--limit",
+        "20",
+        "--reward_funcs",
+        *rewards,
+        "--n",
+        "4",
+        "--temperature",
+        "1",
+    ]
+    assert main(["evaluate", model, *arguments, "--max_new_tokens", "6", "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "rewards/answer/pass@4" in printed and "the first responses" in printed
+    summary = json.loads(out.read_text())
+    rows = [json.loads(line) for line in (out.parent / "step1.samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 80 == summary["metrics"]["num_completions"]
+    found = [float("=" in row["completion"]) for row in rows]
+    assert summary["metrics"]["rewards/format/mean"] == pytest.approx(sum(found) / 80)
+    assert [row["rewards"]["format"] for row in rows] == found
+    assert summary["options"]["limit"] == 20 and summary["faults"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--reward_funcs", "anser"), "Did you mean 'answer'"),
+        (("--reward_funcs", "answer", "--n", "3"), "all the same"),
+        (("--reward_funcs", "exact", "--limit", "0"), "holds no rows"),
+        (("--limit", "3"), "required: --reward_funcs"),
+    ],
+)
+def test_a_users_mistake_is_one_line(model, held_out, arguments, told, capsys):
+    assert main(["evaluate", model, "--dataset_name", held_out, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
+
+
+def test_a_missing_column_is_named(model, tmp_path, capsys):
+    path = tmp_path / "bare.jsonl"
+    path.write_text('{"prompt": "1+1="}\n')
+    assert main(["evaluate", model, "--dataset_name", str(path), "--reward_funcs", "answer"]) == 2
+    assert "needs a column 'answer' or 'solution'" in capsys.readouterr().err

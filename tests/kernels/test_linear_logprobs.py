@@ -1,0 +1,457 @@
+"""The fused head against float64 formulas written here, and the GEMMs it may spend."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_fast.kernels import linear_cross_entropy, linear_logprobs
+from rlhf_fast.kernels.linear_logprobs import chunked
+from rlhf_fast.kernels.registry import IMPLEMENTATIONS
+
+FAMILY = "linear_logprobs"
+# by name, as the door's function hides the module of the same name
+FAMILY_MODULE = sys.modules["rlhf_fast.kernels.linear_logprobs"]
+IGNORED = -100
+OPTIONS = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 1.3}
+
+
+def formula(hidden, weight, labels, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
+    """The definition in the dtype of ``hidden``: logprobs and entropy."""
+    z = hidden @ weight.T * logit_scale if bias is None else (hidden @ weight.T + bias) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p = log_softmax(z / temperature, -1)
+    keep = labels != IGNORED
+    logprobs = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(keep, logprobs, 0.0), torch.where(keep, -(log_p.exp() * log_p).sum(-1), 0.0)
+
+
+def problem(shape=(2, 7), width=6, vocab_size=43, dtype=torch.float32, device="cpu", seed=0, scale=1.0):
+    """Hidden states, head, bias, labels with some ignored, and uneven upstream gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(*shape, width, generator=generator) * scale).to(dtype)
+    weight, bias = (torch.randn(vocab_size, *s, generator=generator).to(dtype) for s in ((width,), ()))
+    labels = torch.randint(vocab_size, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) < 0.3] = IGNORED
+    upstream = torch.randn(2, *shape, generator=generator)
+    return tuple(x.to(device) for x in (hidden, weight, bias, labels, upstream))
+
+
+def gradients(function, leaves, trained, upstream, use_entropy):
+    """Results and the gradients of the trained leaves; ``function`` takes the leaves."""
+    leaves = [x.detach().clone().requires_grad_(name in trained) for name, x in zip(("hidden", "weight", "bias"), leaves)]
+    logprobs, entropy = function(*leaves)
+    loss = (logprobs * upstream[0]).sum()
+    if use_entropy:
+        loss = loss + (entropy * upstream[1]).sum()
+    return logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])
+
+
+def test_linear_logprobs_by_hand(backend, device):
+    """hidden 1 times weights 0 and ln 3 plus bias 0 and ln 2: odds 6, p = 1/7 and 6/7; d logprob_1 / d hidden = ln 3 / 7."""
+    hidden = torch.ones(1, 1, device=device, requires_grad=True)
+    weight = torch.tensor([[0.0], [math.log(3)]], device=device)
+    bias = torch.tensor([0.0, math.log(2)], device=device)
+    logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([1], device=device), bias=bias, entropy=True)
+    assert logprobs.item() == pytest.approx(math.log(6 / 7))
+    assert entropy.item() == pytest.approx(math.log(7) - 6 / 7 * math.log(6))
+    logprobs.backward()
+    assert hidden.grad.item() == pytest.approx(math.log(3) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight bias", "weight", "bias", "hidden bias"])
+@pytest.mark.parametrize("use_entropy", [False, True])
+@pytest.mark.parametrize("keep_rows", [True, False])
+def test_linear_logprobs_match_float64(backend, device, no_worse, monkeypatch, dtype, trained, use_entropy, keep_rows):
+    """Every way through the backward pass, in chunks of 4 rows of 14 (about 10 labelled). Plain = a 16-bit head."""
+    if not keep_rows:
+        monkeypatch.setattr(chunked, "kept_bytes", lambda device: 0)
+    elif trained == "hidden":
+        pytest.skip("a frozen head keeps no rows")
+    *leaves, labels, upstream = problem(dtype=dtype, device=device)
+    actual = gradients(
+        lambda h, w, b: linear_logprobs(h, w, labels, bias=b, entropy=True, chunk_size=4, **OPTIONS),
+        leaves,
+        trained,
+        upstream,
+        use_entropy,
+    )
+    plain = gradients(lambda h, w, b: formula(h, w, labels, b, **OPTIONS), leaves, trained, upstream, use_entropy)
+    doubled = [x.double() for x in leaves]
+    exact = gradients(lambda h, w, b: formula(h, w, labels, b, **OPTIONS), doubled, trained, upstream, use_entropy)
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact)):
+        no_worse(a, p.float() if i < 2 else p, e)
+
+
+def test_logits_of_a_16_bit_head_are_not_rounded(backend, device):
+    """From the same bf16 numbers, float32 logits: 1e-5 of the exact logprob, where bf16 logits would err by 0.01."""
+    hidden, weight, _, labels, _ = problem(shape=(30,), width=64, dtype=torch.bfloat16, device=device)
+    exact, exact_entropy = formula(hidden.double(), weight.double(), labels)
+    logprobs, entropy = linear_logprobs(hidden, weight, labels, entropy=True)
+    assert (logprobs - exact).abs().max() < 3e-5
+    assert (entropy - exact_entropy).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_confident_tokens_keeps_its_digits(backend, device, dtype):
+    """p_y = 0.9996: the gradient is a small difference, which bf16(p) @ W would lose altogether (error 1.04)."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.eye(12, 32)
+    hidden = (0.3 * torch.randn(12, 32, generator=generator) + 3 * own).to(dtype).to(device)
+    weight = 0.3 * torch.randn(50, 32, generator=generator)
+    weight[:12] += 4 * own
+    weight, labels = weight.to(dtype).to(device), torch.arange(12, device=device)
+    p = (hidden.double() @ weight.double().T).softmax(-1)
+    p_y = p.gather(1, labels[:, None])
+    assert (p_y > 0.98).all() and (p_y > 0.9996).sum() >= 3
+    x = hidden.clone().requires_grad_()
+    linear_logprobs(x, weight, labels).sum().backward()
+    exact = (torch.nn.functional.one_hot(labels, 50) - p) @ weight.double()
+    error = (x.grad.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() < 1e-2
+
+
+def test_ignored_rows_are_never_read(backend, device, monkeypatch):
+    """NaN hidden states at ignored labels reach nothing, neither through compaction nor, on a GPU, without it."""
+    hidden, weight, bias, labels, upstream = problem(device=device)
+    leaves = (hidden, weight, bias)
+    dirty = hidden.clone()
+    dirty[labels == IGNORED] = float("nan")
+
+    def run(h, w, b):
+        return linear_logprobs(h, w, labels, bias=b, entropy=True, chunk_size=4)
+
+    for compact in (True, False):
+        if not compact:
+            monkeypatch.setattr(FAMILY_MODULE, "_labelled", lambda labels, *_: (labels.reshape(-1), None))
+        for trained in ("hidden", "hidden weight bias"):
+            for use_entropy in (False, True):
+                clean = gradients(run, leaves, trained, upstream, use_entropy)
+                for c, d in zip(clean, gradients(run, (dirty, weight, bias), trained, upstream, use_entropy)):
+                    torch.testing.assert_close(d, c, rtol=1e-5, atol=1e-6)
+        x, w = dirty.clone().requires_grad_(), weight.clone().requires_grad_()
+        linear_cross_entropy(x, w, labels).backward()
+        assert x.grad.isfinite().all() and w.grad.isfinite().all()
+
+
+def test_chunks_change_nothing(backend, device):
+    """1, 3 and all rows at a time: float32 sums of another order at most."""
+    *leaves, labels, upstream = problem(device=device)
+    results = [
+        gradients(
+            lambda h, w, b: linear_logprobs(h, w, labels, bias=b, entropy=True, chunk_size=size),
+            leaves,
+            "hidden weight bias",
+            upstream,
+            True,
+        )
+        for size in (1, 3, None)
+    ]
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 0)])
+def test_no_rows_and_one_row(backend, device, shape):
+    hidden, weight, _, labels, _ = problem(shape=shape, device=device)
+    labels.clamp_(min=0)
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprobs, entropy = linear_logprobs(x, w, labels, entropy=True)
+    (logprobs.sum() + entropy.sum() + linear_cross_entropy(x, w, labels)).backward()
+    exact, exact_entropy = formula(hidden.double(), weight.double(), labels)
+    torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=1e-5)
+    assert x.grad.shape == hidden.shape and w.grad.isfinite().all()
+
+
+def test_all_labels_ignored_gives_zero_with_a_gradient(backend, device):
+    hidden, weight, _, labels, _ = problem(device=device)
+    labels[:] = IGNORED
+    for trains_head in (False, True):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains_head)
+        loss = linear_cross_entropy(x, w, labels)
+        (loss + linear_logprobs(x, w, labels).sum()).backward()
+        assert loss.item() == 0 and (x.grad == 0).all()
+        assert not trains_head or (w.grad == 0).all()
+
+
+def test_strided_and_broadcast_inputs(backend, device):
+    """Transposed head, every second hidden state, one hidden state for all rows."""
+    hidden, weight, _, _, _ = problem(shape=(8,), device=device)
+    labels = torch.arange(4, device=device)
+    for x in (hidden[::2], hidden[:1].expand(4, -1), hidden.t().contiguous().t()[:4]):
+        w = weight.t().contiguous().t()
+        exact, _ = formula(x.double(), w.double(), labels)
+        leaf = x.detach().requires_grad_()
+        logprobs = linear_logprobs(leaf, w, labels)
+        torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-5)
+        (grad,) = torch.autograd.grad(logprobs.sum(), leaf)
+        y = x.double().detach().requires_grad_()
+        (expected,) = torch.autograd.grad(formula(y, w.double(), labels)[0].sum(), y)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_detached_entropy_has_no_gradient(backend, device):
+    hidden, weight, _, labels, _ = problem(device=device)
+    x = hidden.clone().requires_grad_()
+    logprobs, entropy = linear_logprobs(x, weight, labels, entropy="detached")
+    assert logprobs.requires_grad and not entropy.requires_grad
+    torch.testing.assert_close(entropy, linear_logprobs(x, weight, labels, entropy=True)[1].detach())
+
+
+def test_float16_survives_gradients_of_a_long_batch(backend, device):
+    """A mean over 20,000 tokens sends 5e-5 to each: in float16, that times p would vanish if not scaled."""
+    hidden, weight, _, labels, _ = problem(shape=(16,), dtype=torch.float16, device=device)
+    labels.clamp_(min=0)
+    exact = gradients(
+        lambda h, w, b: formula(h, w, labels),
+        [hidden.double(), weight.double(), weight.double()[:, 0]],
+        "hidden weight",
+        torch.full((2, 16), 5e-8, dtype=torch.float64, device=device),
+        False,
+    )
+    w = weight.float().clone().requires_grad_()
+    x = hidden.clone().requires_grad_()
+    logprobs = linear_logprobs(x, w.half(), labels)
+    # the head's gradient leaves through a float32 master copy, scaled back up only there
+    (grad,) = torch.autograd.grad((logprobs * 5e-3).sum(), w)
+    torch.testing.assert_close(grad.double() * 1e-5, exact[3], rtol=2e-3, atol=2e-3 * exact[3].abs().max().item())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight bias", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_matches_float64(backend, device, no_worse, reduction, trained, dtype):
+    """Weights 0 to 2, NaN at ignored labels; upstream gradient 1.7, not 1."""
+    *leaves, labels, upstream = problem(dtype=dtype, device=device)
+    weights = upstream[0].abs().clamp(max=2.0)
+    weights[labels == IGNORED] = float("nan")
+
+    def loss_of(function):
+        def run(h, w, b):
+            loss = function(h, w, b) * 1.7
+            return loss, torch.zeros_like(loss)
+
+        return run
+
+    def expected(h, w, b):
+        factor = torch.where(labels == IGNORED, 0.0, weights.to(h.dtype))
+        nll = -formula(h, w, labels, b, **OPTIONS)[0] * factor
+        return {"mean": nll.sum() / factor.sum(), "sum": nll.sum(), "none": nll}[reduction]
+
+    def fused(h, w, b):
+        options = dict(OPTIONS, bias=b, weights=weights, reduction=reduction, chunk_size=4)
+        return linear_cross_entropy(h, w, labels, **options)
+
+    ones = torch.ones(2, *(labels.shape if reduction == "none" else ()), device=device)
+    actual = gradients(loss_of(fused), leaves, trained, ones, False)
+    plain = gradients(loss_of(expected), leaves, trained, ones, False)
+    exact = gradients(loss_of(expected), [x.double() for x in leaves], trained, ones, False)
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact)):
+        no_worse(a, p.float() if i < 2 else p, e)
+
+
+def test_cross_entropy_weights_have_gradients(backend, device):
+    """d mean / d w_t = (loss_t - mean) / sum(w)."""
+    hidden, weight, _, labels, _ = problem(device=device)
+    w = torch.rand(labels.shape, device=device, requires_grad=True)
+    nll = -formula(hidden.double(), weight.double(), labels)[0]
+    linear_cross_entropy(hidden, weight.requires_grad_(), labels, weights=w).backward()
+    keep = labels != IGNORED
+    factor = torch.where(keep, w.detach().double(), 0.0)
+    exact = torch.where(keep, (nll - (nll * factor).sum() / factor.sum()) / factor.sum(), 0.0)
+    torch.testing.assert_close(w.grad.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+class CountGemms(TorchDispatchMode):
+    """Counts matrix products with a side of V, looking inside our operators too."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.count = vocab_size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "rlhf_fast":
+            with self:
+                return IMPLEMENTATIONS[function._opname](*args, **(kwargs or {}))
+        sides = {side for x in args if isinstance(x, torch.Tensor) for side in x.shape}
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.count += self.vocab_size in sides
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("trained", "entropy", "kept", "gemms"),
+    [
+        ("", True, 0, 1),
+        ("hidden", False, 0, 2),
+        ("hidden", "detached", 0, 2),
+        ("hidden", True, 0, 3),
+        ("hidden weight", False, 1 << 30, 3),
+        ("hidden weight", "detached", 1 << 30, 3),
+        ("hidden weight", False, 0, 4),
+        ("hidden weight", True, 1 << 30, 4),
+        ("weight", False, 1 << 30, 2),
+        ("weight", False, 0, 3),
+    ],
+)
+def test_number_of_gemms(monkeypatch, trained, entropy, kept, gemms):
+    """One chunk, one GEMM each: the fewest that the gradients asked for allow."""
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    hidden, weight, _, labels, _ = problem(shape=(5,), vocab_size=97)
+    hidden.requires_grad_("hidden" in trained)
+    weight.requires_grad_("weight" in trained)
+    with CountGemms(97) as counter:
+        result = linear_logprobs(hidden, weight, labels, entropy=entropy)
+        if trained:
+            loss = sum(x.sum() for x in result) if entropy is True else (result[0] if entropy else result).sum()
+            loss.backward()
+    assert counter.count == gemms
+
+
+def test_no_grad_spends_one_gemm_even_on_leaves_that_want_gradients():
+    hidden, weight, _, labels, _ = problem(shape=(5,), vocab_size=97)
+    with CountGemms(97) as counter, torch.no_grad():
+        linear_logprobs(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    assert counter.count == 1
+
+
+@pytest.mark.parametrize(("trained", "gemms"), [("", 1), ("hidden", 2), ("hidden weight", 3), ("weight", 2)])
+def test_number_of_gemms_of_a_cross_entropy(monkeypatch, trained, gemms):
+    """The gradients of a sum are folded into the forward pass: 3 GEMMs without keeping anything of size (N, V)."""
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: 0)
+    hidden, weight, _, labels, _ = problem(shape=(5,), vocab_size=97)
+    with CountGemms(97) as counter:
+        loss = linear_cross_entropy(
+            hidden.requires_grad_("hidden" in trained), weight.requires_grad_("weight" in trained), labels
+        )
+        if trained:
+            loss.backward()
+    assert counter.count == gemms
+
+
+def test_only_labelled_rows_meet_the_head():
+    """3 of 40 rows are labelled, so on the CPU the GEMM has 3 rows."""
+    hidden, weight, _, labels, _ = problem(shape=(40,))
+    labels[:] = IGNORED
+    labels[[3, 9, 30]] = 1
+    rows = []
+    original = chunked._Gemm.logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked._Gemm, "logits", lambda self, chunk: rows.append(len(self.hidden)) or original(self, chunk))
+        linear_logprobs(hidden, weight, labels)
+    assert rows == [3]
+
+
+def test_a_label_outside_the_vocabulary_is_named_by_the_callers_row():
+    hidden, weight, _, labels, _ = problem(shape=(4,))
+    labels[:] = torch.tensor([IGNORED, IGNORED, 43, 0])
+    for function in (linear_logprobs, linear_cross_entropy):
+        with pytest.raises(IndexError, match=r"label 43 in row 2 .*\[0, 43\)"):
+            function(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight bias"])
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_gradcheck(monkeypatch, trained, kept):
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    *leaves, labels, _ = problem(shape=(4,), width=3, vocab_size=5, dtype=torch.float64)
+    leaves = [x.requires_grad_(name in trained) for name, x in zip(("hidden", "weight", "bias"), leaves)]
+    for entropy in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b: linear_logprobs(h, w, labels, bias=b, entropy=entropy, chunk_size=3, **OPTIONS), leaves
+        )
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b: linear_cross_entropy(h, w, labels, bias=b, reduction=reduction, chunk_size=3), leaves
+        )
+
+
+@pytest.mark.parametrize("keep", range(4))
+def test_forward_operator_passes_opcheck(keep):
+    hidden, weight, bias, labels, _ = problem(shape=(5,))
+    torch.library.opcheck(
+        torch.ops.rlhf_fast.linear_logprobs_forward,
+        (hidden, weight, labels, bias, 0.7, 2.0, 1.1, IGNORED, 2, keep),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_backward_operators_pass_opcheck():
+    hidden, weight, bias, labels, upstream = problem(shape=(5,))
+    options, needs = (0.7, 2.0, 1.1, IGNORED, 2), (True, True, True)
+    ops, checks = torch.ops.rlhf_fast, {"test_utils": ("test_schema", "test_faketensor")}
+    _, entropy, lse, _, _, rows = ops.linear_logprobs_forward(hidden, weight, labels, bias, *options, chunked.KEEP_ROWS)
+    saved = (hidden, weight, labels, bias, lse, entropy, *upstream)
+    torch.library.opcheck(ops.linear_logprobs_backward, (*saved, *options, *needs), **checks)
+    from_rows = (rows, hidden, weight, labels, upstream[0], IGNORED, True, False, True)
+    torch.library.opcheck(ops.linear_logprobs_backward_from_rows, from_rows, **checks)
+    summed = (hidden, weight, labels, bias, upstream[0], *options, True, True, False)
+    torch.library.opcheck(ops.linear_cross_entropy_forward, summed, **checks)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight"])
+def test_compiles_without_a_graph_break(trained):
+    hidden, weight, _, labels, _ = problem()
+
+    def loss(h, w):
+        logprobs, entropy = linear_logprobs(h, w, labels, entropy=True)
+        return (logprobs - 0.1 * entropy).sum() + linear_cross_entropy(h, w, labels)
+
+    leaves = [x.requires_grad_(name in trained) for name, x in (("hidden", hidden), ("weight", weight))]
+    wanted = [x for x in leaves if x.requires_grad]
+    expected = torch.autograd.grad(loss(*leaves), wanted)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), wanted)
+    for a, b in zip(compiled, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_does_what_it_does_to_a_linear_layer():
+    """float32 hidden states and head are multiplied in bf16, the logits and all after them stay float32."""
+    hidden, weight, _, labels, _ = problem()
+    leaf = weight.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs = linear_logprobs(hidden, leaf, labels)
+    exact, _ = formula(hidden.bfloat16().double(), weight.bfloat16().double(), labels)
+    torch.testing.assert_close(logprobs.detach().double(), exact, rtol=1e-5, atol=1e-5)
+    logprobs.sum().backward()
+    assert leaf.grad.dtype == torch.float32
+
+
+def test_chunk_size_fills_the_processors():
+    """kernels.md: on 132 SMs width 4096 wants 1024 rows and width 3584 wants 1152 when memory stops below two waves."""
+    assert chunked.fill_processors(1500, 4096, 132) == 1024
+    assert chunked.fill_processors(1500, 3584, 132) == 1152
+    assert chunked.fill_processors(100, 4096, 132) == 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": torch.zeros(5, 3)}, "hidden must be"),
+        ({"weight": torch.zeros(5, 4, dtype=torch.bfloat16)}, "cast one"),
+        ({"bias": torch.zeros(4)}, "bias must be"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    weight = arguments.pop("weight", torch.zeros(5, 4))
+    for function in (linear_logprobs, linear_cross_entropy):
+        with pytest.raises(ValueError, match=message):
+            function(torch.zeros(2, 4), weight, torch.zeros(2, dtype=torch.long), **arguments)
+
+
+def test_unknown_reduction_and_weights_that_do_not_fit_are_refused():
+    arguments = (torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="unknown reduction 'avg'"):
+        linear_cross_entropy(*arguments, reduction="avg")
+    with pytest.raises(ValueError, match="weights must have"):
+        linear_cross_entropy(*arguments, weights=torch.ones(3))
