@@ -29,6 +29,7 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         self.counts: list[Counts] = []  # by length of context
         self.discounts: list[tuple[float, float, float]] = []  # for counts of 1, of 2, of 3 and more
+        self.totals: list[dict[tuple[int, ...], tuple[float, float]]] = []  # a context's count, and what discounts left over
 
     def fit(self, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> NGram:
         """Count the tokens whose mask is True, each with the ``order - 1`` tokens before it, masked or not."""
@@ -43,20 +44,22 @@ class NGram:
                 shorter[context[1:]].update(tokens.keys())
             self.counts.insert(0, shorter)
         self.discounts = [_discounts(c) for c in self.counts]
+        self.totals = [
+            {context: (tokens.total(), sum(d[min(c, 3) - 1] for c in tokens.values())) for context, tokens in counts.items()}
+            for counts, d in zip(self.counts, self.discounts)
+        ]
         return self
 
     def probability(self, context: Sequence[int], token: int) -> float:
         """p(token | the last ``order - 1`` tokens of ``context``)."""
         p = 1.0 / self.vocab_size
         for length, (counts, discounts) in enumerate(zip(self.counts, self.discounts)):
-            seen = counts.get(tuple(context[len(context) - length :]))
-            if not seen:
+            suffix = tuple(context[len(context) - length :])
+            if suffix not in counts:
                 break  # nor was any longer context
-            total = seen.total()
-            ones, twos = (sum(1 for c in seen.values() if c == k) for k in (1, 2))
-            kept = discounts[0] * ones + discounts[1] * twos + discounts[2] * (len(seen) - ones - twos)
-            count = seen.get(token, 0)
-            p = (max(count - discounts[min(count, 3) - 1], 0.0) if count else 0.0) / total + kept / total * p
+            total, left = self.totals[length][suffix]
+            count = counts[suffix].get(token, 0)
+            p = ((count - discounts[min(count, 3) - 1] if count else 0.0) + left * p) / total
         return p
 
     def loss(self, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> float:

@@ -127,7 +127,7 @@ def sft(stage: Stage) -> None:
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         weight_decay=0.1,
-        num_train_epochs=3,
+        num_train_epochs=2,
         per_device_train_batch_size=2,  # bins of max_length tokens
         max_length=1024,
         eval_steps=369,

@@ -115,11 +115,7 @@ RF_HD float fast_exp2(float x) {
   return float_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-RF_HD float fast_exp(float x) {
-  return fast_exp2(x * LOG2_E);
-}
-
-// c * tanh(x / c) for c > 0, as accurate as tanh rounded and multiplied: the two forms lose no digits near 0 and near c.
+// c * tanh(x / c) for c > 0. One form keeps its digits near 0, the other near c.
 RF_HD float soft_clip(float x, float c) {
   const float u = absolute(x / c);
   const float u2 = u * u;
@@ -184,14 +180,6 @@ RF_HD void raise_max(SoftmaxSum<Real>& state, float max, float scale_log2) {
   state.max = max;
 }
 
-template <class Real>
-RF_HD void merge(SoftmaxSum<Real>& into, SoftmaxSum<Real> other, float scale_log2) {
-  raise_max(into, other.max, scale_log2);
-  raise_max(other, into.max, scale_log2);
-  into.sum += other.sum;
-  into.weighted += other.weighted;
-}
-
 // The distance of a logit to the maximum in base 2, bounded so that a logit of -inf adds 0 * finite to the entropy.
 RF_HD float log2_distance(float x, float shift, float scale_log2) {
   const float d = (x - shift) * scale_log2;
@@ -221,9 +209,9 @@ RF_HD float logit_gradient(float x, const RowGradient& row) {
 //
 //   A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}
 //
-// needs V and A of the NEXT UNMASKED token. Both reach A_t only through s = V_{t+1} + lam A_{t+1}, so this one number is
-// the whole carry: A_t = r_t - V_t + gamma s, and the carry of the token before is V_t + lam A_t, affine in s. A masked
-// token is the identity map. Affine maps compose, so a row is one parallel scan of two floats per token.
+// needs V and A of the NEXT UNMASKED token. Both reach A_t only through s = V_{t+1} + lam A_{t+1}, so this one number
+// is the whole carry: A_t = r_t - V_t + gamma s, and the carry of the token before is V_t + lam A_t, affine in s. A
+// masked token is the identity map. Affine maps compose, so a row is one parallel scan of two floats per token.
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Affine {

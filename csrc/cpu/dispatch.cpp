@@ -1,6 +1,7 @@
 // Chooses the instruction set once, at the first call.
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -9,8 +10,10 @@
 namespace rlhf_fast {
 namespace {
 
-#define RF_CPU_OPS(ISA) \
-  CpuOps{#ISA, &ISA::token_logprobs_forward, &ISA::token_logprobs_backward, &ISA::head_rows, &ISA::gae}
+#define RF_CPU_OPS(ISA)                                                                           \
+  CpuOps {                                                                                        \
+    #ISA, &ISA::token_logprobs_forward, &ISA::token_logprobs_backward, &ISA::head_rows, &ISA::gae \
+  }
 
 const CpuOps tables[] = {
 #ifdef RF_X86

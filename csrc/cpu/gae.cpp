@@ -1,8 +1,8 @@
 // Generalized advantage estimation, padded or packed. Compiled once per instruction set (see logprobs.cpp).
 //
-// The recurrence (math.h: one affine map of a carry per token) runs from the last token to the first, and each step waits
-// for the one before. So it is cut into tiles: the maps of a tile are made by vector code, then ROWS sequences walk their
-// carries side by side, each using the time the others wait, then vector code turns carries into results.
+// The recurrence (math.h: one affine map of a carry per token) runs from the last token to the first, and each step
+// waits for the one before. So it is cut into tiles: the maps of a tile are made by vector code, then ROWS sequences
+// walk their carries side by side, each using the time the others wait, then vector code turns carries into results.
 #include "../math.h"
 #include "ops.h"
 

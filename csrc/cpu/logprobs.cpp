@@ -32,9 +32,9 @@ void* address(const Matrix& matrix, int64_t row, int64_t column) {
 // the elements are capped while they are loaded.
 struct Transform {
   float softcap;
-  float logit_scale;       // multiplies a raw logit before the softcap
-  float scale_log2;        // multiplies a loaded logit: base-2 exponent of the softmax
-  double scale;            // the same in base e, exactly as the rounded scale_log2 has it
+  float logit_scale;        // multiplies a raw logit before the softcap
+  float scale_log2;         // multiplies a loaded logit: base-2 exponent of the softmax
+  double scale;             // the same in base e, exactly as the rounded scale_log2 has it
   float slope_without_cap;  // d z / d raw logit, soft_clip_slope aside
 };
 
@@ -100,8 +100,8 @@ RF_LOOP float block_max(const float* x, int64_t n) {
 }
 
 struct BlockSum {
-  float sum;
-  float weighted;
+  double sum;
+  double weighted;
 };
 
 RF_LOOP BlockSum block_sum(const float* x, int64_t n, float shift, float scale_log2) {
@@ -115,6 +115,23 @@ RF_LOOP BlockSum block_sum(const float* x, int64_t n, float shift, float scale_l
     weighted = fused(e, d, weighted);
   }
   return {sum, weighted};
+}
+
+// The same for a block that holds the maximum, whose term is 1. Added among the others it would round them all to
+// multiples of 1e-7, and when it is nearly the whole sum, 1 - p is made of those others.
+RF_LOOP BlockSum block_sum_with_max(const float* x, int64_t n, float shift, float scale_log2) {
+  float ones = 0.0f;
+  float rest = 0.0f;
+  float weighted = 0.0f;
+#pragma omp simd reduction(+ : ones, rest, weighted)
+  for (int64_t i = 0; i < n; i++) {
+    const float d = log2_distance(x[i], shift, scale_log2);
+    const float e = fast_exp2(d);
+    ones += d < 0.0f ? 0.0f : 1.0f;
+    rest += d < 0.0f ? e : 0.0f;
+    weighted = fused(e, d, weighted);
+  }
+  return {static_cast<double>(ones) + rest, weighted};
 }
 
 RF_LOOP void block_gradient(const float* x, int64_t n, RowGradient row, float* out) {
@@ -169,8 +186,10 @@ SoftmaxSum<double> sum_row(const ConstMatrix& logits, int64_t row, const Transfo
   for (int64_t begin = 0; begin < logits.columns; begin += BLOCK) {
     const int64_t n = smaller(BLOCK, logits.columns - begin);
     const float* x = load(logits, row, begin, n, transform, buffer);
-    raise_max(state, block_max(x, n), transform.scale_log2);
-    const BlockSum block = block_sum(x, n, shift_of(state), transform.scale_log2);
+    const float max = block_max(x, n);
+    raise_max(state, max, transform.scale_log2);
+    const auto sum = max == state.max ? block_sum_with_max : block_sum;
+    const BlockSum block = sum(x, n, shift_of(state), transform.scale_log2);
     state.sum += block.sum;
     state.weighted += block.weighted;
   }
@@ -241,7 +260,7 @@ RowGradient gradient_constants(const RowUpstream& up, const Transform& transform
   const double anchor = up.normaliser.anchor;
   const double log_sum = up.normaliser.log_sum;
   const double slope = transform.slope_without_cap;
-  // as much as possible goes into the shift, which is subtracted first: the rest is too small for its rounding to matter
+  // as much as possible goes into the shift, which is subtracted first; rounding the small rest does not matter
   const float shift = static_cast<float>(anchor + log_sum / transform.scale);
   return {
       shift,

@@ -43,8 +43,8 @@ struct UpstreamGradients {
   const float* entropy;  // may be null
 };
 
-// Sequences of one or many lengths: sequence i covers [offsets[i], offsets[i + 1]), or row i of a (count, length) matrix
-// when offsets is null.
+// Sequences of one or many lengths: sequence i covers [offsets[i], offsets[i + 1]), or row i of a (count, length)
+// matrix when offsets is null.
 struct Sequences {
   int64_t count;
   int64_t length;

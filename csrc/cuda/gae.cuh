@@ -1,6 +1,7 @@
-// Generalized advantage estimation as a parallel scan of affine maps (the algebra is in ../math.h): one block of threads
-// walks one sequence from its end in tiles of THREADS * ITEMS tokens. Every thread composes ITEMS neighbouring tokens, a
-// warp composes its threads by shuffles, the block its warps through shared memory; the carry goes from tile to tile.
+// Generalized advantage estimation as a parallel scan of affine maps (the algebra is in ../math.h): one block of
+// threads walks one sequence from its end in tiles of THREADS * ITEMS tokens. Every thread composes ITEMS neighbouring
+// tokens, a warp composes its threads by shuffles, the block its warps through shared memory; the carry goes from tile
+// to tile.
 //
 // Apart from the launch (gae.cu) so that tests/kernels/test_cuda_build.py can run this very code on the host.
 #pragma once

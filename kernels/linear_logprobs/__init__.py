@@ -193,9 +193,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         d_hidden, d_weight, d_bias = (
-            (grad * g).to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)
+            _times(grad, g) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)
         )
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(ctx.bias_dtype), None, None, None
+
+
+def _times(grad: Tensor, x: Tensor) -> Tensor:
+    """The scalar ``grad`` times ``x``, in x's dtype but not rounding ``grad`` to it: a loss scale of 2^16 is no float16."""
+    out = torch.empty_like(x)
+    # by slabs, as the float32 product of a whole head is as large as the logits that were never made
+    for slab, target in zip(x.split(8192), out.split(8192)):
+        target.copy_(grad.reshape(1) * slab)
+    return out
 
 
 def _operands(hidden, weight, bias, labels, chunk_size):

@@ -40,7 +40,7 @@ def token_logprobs_forward(
     Raises:
         IndexError: a label is out of range; names the row.
     """
-    rows, columns = logits.shape
+    rows = len(logits)
     labels = labels.contiguous()
     logprobs, entropy = torch.empty(rows), torch.empty(rows)
     lse = torch.empty(rows, dtype=torch.float64)

@@ -255,7 +255,7 @@ class Encoder:
             end = common_prefix_length(upto, ids)
             stops = [t for t in range(start, len(ids)) if ids[t] in self.stop_ids]
             if end == len(upto):
-                pass
+                end = max([t + 1 for t in stops if t < end], default=end)
             elif stops:
                 # templates that shorten earlier turns (reasoning dropped) render a last turn differently
                 end = stops[0] + 1

@@ -39,6 +39,7 @@ def test_the_whole_range_can_be_used():
     for held_out in range(1, 8):
         train, test = addition(16 - held_out - 1, held_out=held_out, low=0, high=3)
         assert len(test) == held_out and len(train) == 15 - held_out
+        assert not {frozenset(operands(row)) for row in train} & {frozenset(operands(row)) for row in test}
     with pytest.raises(UserError, match="Operands 0 to 3 make 16 sums"):
         addition(10, held_out=7, high=3)
 

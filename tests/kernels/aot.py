@@ -69,12 +69,28 @@ def main() -> None:
         "head_rows of one word": (
             linear_logprobs.head_rows_kernel,
             row | fp32,
-            {"HAS_SOFTCAP": True, "HAS_OUT": True, "vocab_size": 1, "stride": 1, "out_stride": 1, "BLOCK": 1, "num_warps": 1},
+            {
+                "HAS_SOFTCAP": True,
+                "HAS_OUT": True,
+                "vocab_size": 1,
+                "stride": 1,
+                "out_stride": 1,
+                "BLOCK": 1,
+                "num_warps": 1,
+            },
         ),
         "token_logprobs backward of one word": (
             logprobs.backward_kernel,
             row | fp32,
-            {"HAS_SOFTCAP": True, "HAS_ENTROPY": True, "vocab_size": 1, "stride": 1, "out_stride": 1, "BLOCK": 1, "num_warps": 1},
+            {
+                "HAS_SOFTCAP": True,
+                "HAS_ENTROPY": True,
+                "vocab_size": 1,
+                "stride": 1,
+                "out_stride": 1,
+                "BLOCK": 1,
+                "num_warps": 1,
+            },
         ),
         "gae of one token": (
             advantages.gae_kernel,
@@ -85,7 +101,9 @@ def main() -> None:
     }
     for capability in map(int, sys.argv[1:]):
         for name, (kernel, types, constants) in cases.items():
-            print(json.dumps({"kernel": name, "capability": capability} | measure(kernel, types, constants, capability)))
+            print(
+                json.dumps({"kernel": name, "capability": capability} | measure(kernel, types, constants, capability))
+            )
 
 
 def measure(kernel, types: dict[str, str], constants: dict, capability: int) -> dict:

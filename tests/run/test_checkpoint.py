@@ -359,37 +359,46 @@ KILLED = textwrap.dedent("""
             return original(*args, **kwargs)
         return wrapped
 
-    root, second, point = sys.argv[1], int(sys.argv[2]), 0
-    while True:  # a forked child per point, until one survives
-        point += 1
-        child = os.fork()
-        if child == 0:
-            save(f"{root}/{point}", 1, 1)
-            left = point
-            # everything that touches the disk may be the last
-            for owner, name in (
-                (checkpoint, "_sync"), (checkpoint, "save_file"), (checkpoint.shutil, "rmtree"),
-                (checkpoint.Path, "rename"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),
-            ):
-                setattr(owner, name, dying(getattr(owner, name)))
-            save(f"{root}/{point}", second, 2)
-            os._exit(0)
-        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-            break
-    print(point - 1)
+    for second in (2, 1):
+        point = 0
+        while True:  # a forked child per point, until one survives
+            point += 1
+            root = f"{sys.argv[1]}/{second}/{point}"
+            child = os.fork()
+            if child == 0:
+                save(root, 1, 1)
+                left = point
+                # everything that touches the disk may be the last
+                for owner, name in (
+                    (checkpoint, "_sync"), (checkpoint, "save_file"), (checkpoint.shutil, "rmtree"),
+                    (checkpoint.Path, "rename"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),
+                ):
+                    setattr(owner, name, dying(getattr(owner, name)))
+                save(root, second, 2)
+                os._exit(0)
+            if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+                break
+        print(point - 1)
 """)
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folders that kills leave, by the second save's step."""
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    points = map(int, done.stdout.split())
+    return {step: [folder / str(step) / str(i + 1) for i in range(n)] for step, n in zip((2, 1), points)}
+
+
 @pytest.mark.parametrize("second", [2, 1], ids=["another step", "the same step again"])
-def test_kill_9_at_every_point_of_a_save_leaves_a_good_checkpoint(tmp_path, second):
+def test_kill_9_at_every_point_of_a_save_leaves_a_good_checkpoint(killed, second):
     """The second of two saves, with keep=1, is killed at its n-th disk operation, for every n."""
-    arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(second)]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
-    points = int(done.stdout)
-    assert points >= 10, done.stderr
+    assert len(killed[second]) >= 10
     found = []
-    for point in range(1, points + 1):
-        root = tmp_path / str(point)
+    for root in killed[second]:
         state = load_checkpoint(latest_checkpoint(root))
         assert torch.equal(state["w"], torch.full((1000,), float(state["content"])))
         found.append(state["content"])
@@ -440,3 +449,25 @@ def test_every_generator_continues_where_it_was(tmp_path):
     expected = draw(), draw()
     set_rng_state(load_checkpoint(path)["rng"])
     assert (draw(), draw()) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs here the states are restored")
+def test_states_of_gpus_that_are_gone_are_left_alone(caplog):
+    state = rng_state() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 2}
+    expected = torch.rand(3).tolist()
+    set_rng_state(state)
+    assert torch.rand(3).tolist() == expected
+    assert "random state of 2 GPUs was saved and 0 are here" in caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_and_generators_of_the_gpu_come_back(tmp_path):
+    weights = torch.randn(100, device="cuda")
+    path = save_checkpoint(tmp_path, 1, {"rng": rng_state(), "w": weights.t(), "half": weights.bfloat16()}, keep=1)
+    expected = [torch.rand(3, device=f"cuda:{i}") for i in range(torch.cuda.device_count())]
+    state = load_checkpoint(path, device="cuda")
+    assert torch.equal(state["w"], weights)
+    assert torch.equal(state["half"], weights.bfloat16())
+    set_rng_state(state["rng"])
+    for i, numbers in enumerate(expected):
+        assert torch.equal(torch.rand(3, device=f"cuda:{i}"), numbers)

@@ -1,0 +1,148 @@
+"""Which backend runs, who decides, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+import torch
+
+from rlhf_fast.kernels import BACKENDS, available, backend_report, dispatch, gae, implementation, use_backend
+
+ARGUMENTS = (torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+
+
+def chosen(*tensors):
+    return implementation("advantages", "gae", *(tensors or ARGUMENTS)).__name__.rpartition(".")[2]
+
+
+@pytest.fixture
+def fake_cpu(monkeypatch):
+    """A CPU backend that accepts float32, whether or not the native module is built."""
+    module = types.SimpleNamespace(
+        __name__="x.cpu_impl",
+        unsupported=lambda op, *t, **o: None if t[0].dtype == torch.float32 else "float32 only",
+    )
+    load = dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda family, name: module if name == "cpu" else load(family, name))
+    monkeypatch.delenv("RLHF_FAST_BACKEND", raising=False)
+
+
+def test_auto_takes_the_first_backend_that_can(fake_cpu):
+    assert chosen() == "cpu_impl"
+    assert chosen(ARGUMENTS[0].double()) == "reference"
+
+
+def test_auto_never_runs_triton_on_cpu_tensors(monkeypatch):
+    """Even where the interpreter could: it is thousands of times slower."""
+    monkeypatch.delenv("RLHF_FAST_BACKEND", raising=False)
+    assert "triton" not in dispatch.AUTO["cpu"]
+    with use_backend("auto"):
+        assert chosen() != "triton_impl"
+
+
+def test_a_named_backend_is_used_or_says_why_not(fake_cpu, monkeypatch):
+    with use_backend("reference"):
+        assert chosen() == "reference"
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "cpu")
+    assert chosen() == "cpu_impl"
+    with pytest.raises(RuntimeError, match=r"can run gae here \(cpu: float32 only\)"):
+        chosen(ARGUMENTS[0].double())
+
+
+def test_a_list_is_an_order_of_preference(fake_cpu, monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "cpu, reference")
+    assert chosen() == "cpu_impl"
+    assert chosen(ARGUMENTS[0].double()) == "reference"
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "cuda,cpu")
+    with pytest.raises(RuntimeError, match=r"cuda: .*; cpu: float32 only"):
+        chosen(ARGUMENTS[0].double())
+
+
+def test_use_backend_wins_over_the_environment_and_ends_with_its_block(fake_cpu, monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "cpu")
+    with use_backend("reference"):
+        with use_backend("auto"):
+            assert chosen() == "cpu_impl"
+        assert chosen() == "reference"
+    assert chosen() == "cpu_impl"
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert chosen() == "cpu_impl"
+
+
+def test_use_backend_reaches_other_threads():
+    """Autograd runs CUDA backward passes in threads of its own."""
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="unknown backend 'opencl'; choose among cpu, triton"), use_backend("opencl"):
+        pass
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "cpu,gpu")
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        chosen()
+
+
+def test_every_backend_gives_a_module_or_a_reason():
+    for family, ops in dispatch.OPS.items():
+        assert available(family, "reference", ops[0], torch.zeros(1, 1)) is None
+        for backend in BACKENDS:
+            reason = available(family, backend, ops[0], torch.zeros(1, 1))
+            assert reason is None or (isinstance(reason, str) and len(reason) > 10)
+
+
+def test_what_cannot_be_imported_says_so(monkeypatch):
+    """A missing triton is a reason, not a crash, and is not tried again and again."""
+    dispatch._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "rlhf_fast.kernels.advantages.triton_impl", None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    try:
+        assert "cannot be imported" in available("advantages", "triton", "gae", *ARGUMENTS)
+    finally:
+        dispatch._load.cache_clear()
+    monkeypatch.undo()
+    assert "preference has no cuda kernel" in available("preference", "cuda", "dpo_loss", *ARGUMENTS)
+
+
+def test_the_report_names_one_backend_per_operation_and_device():
+    rows = backend_report()
+    assert {row.op for row in rows} == {op for ops in dispatch.OPS.values() for op in ops}
+    for row in rows:
+        assert row.backend in BACKENDS and row.backend not in row.refused
+    with use_backend("cuda"):
+        if not torch.cuda.is_available():
+            assert {row.backend for row in backend_report()} == {"none"}
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_the_chosen_backend_is_the_one_that_runs(monkeypatch, name):
+    """From the public function down to the raw one."""
+    with use_backend(name):
+        try:
+            module = implementation("advantages", "gae", *ARGUMENTS)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        calls = []
+        original = module.gae
+        monkeypatch.setattr(module, "gae", lambda *a: calls.append(1) or original(*a))
+        gae(*ARGUMENTS)
+        assert calls == [1]
+
+
+def test_importing_the_door_is_light():
+    """No Triton and no native module is loaded, no CUDA is initialised, before something runs."""
+    code = (
+        "import sys, torch, rlhf_fast.kernels; "
+        "assert 'triton' not in sys.modules, 'triton'; assert 'rlhf_fast._C' not in sys.modules, '_C'; "
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
