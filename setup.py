@@ -92,12 +92,14 @@ class CMakeBuild(build_ext):
         os.replace(fresh, target)  # at once: a process that has the old module loaded keeps it
 
 
-families = find_packages("kernels")
-setup(
-    packages=find_packages(include=["rlhf_fast", "rlhf_fast.*"]) + [f"rlhf_fast.kernels.{name}" for name in families],
-    package_dir={f"rlhf_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in families},
-    package_data={"rlhf_fast": ["recipes/*.yaml"]},
-    ext_modules=[Extension("rlhf_fast._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-    zip_safe=False,
-)
+if __name__ == "__main__":
+    families = find_packages("kernels")
+    setup(
+        packages=find_packages(include=["rlhf_fast", "rlhf_fast.*"])
+        + [f"rlhf_fast.kernels.{name}" for name in families],
+        package_dir={f"rlhf_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in families},
+        package_data={"rlhf_fast": ["recipes/*.yaml"]},
+        ext_modules=[Extension("rlhf_fast._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+        zip_safe=False,
+    )

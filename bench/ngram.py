@@ -29,7 +29,9 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         self.counts: list[Counts] = []  # by length of context
         self.discounts: list[tuple[float, float, float]] = []  # for counts of 1, of 2, of 3 and more
-        self.totals: list[dict[tuple[int, ...], tuple[float, float]]] = []  # a context's count, and what discounts left over
+        self.totals: list[
+            dict[tuple[int, ...], tuple[float, float]]
+        ] = []  # a context's count, and what discounts left over
 
     def fit(self, sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> NGram:
         """Count the tokens whose mask is True, each with the ``order - 1`` tokens before it, masked or not."""
@@ -45,7 +47,10 @@ class NGram:
             self.counts.insert(0, shorter)
         self.discounts = [_discounts(c) for c in self.counts]
         self.totals = [
-            {context: (tokens.total(), sum(d[min(c, 3) - 1] for c in tokens.values())) for context, tokens in counts.items()}
+            {
+                context: (tokens.total(), sum(d[min(c, 3) - 1] for c in tokens.values()))
+                for context, tokens in counts.items()
+            }
             for counts, d in zip(self.counts, self.discounts)
         ]
         return self
@@ -84,7 +89,9 @@ class NGram:
 
 def _discounts(counts: Counts) -> tuple[float, float, float]:
     n = Counter(c for tokens in counts.values() for c in tokens.values() if c <= 4)
-    if not all(n[k] for k in (1, 2, 3, 4)):
-        return 0.5, 0.5, 0.5  # too few events to estimate from
+    fallback = (0.5, 1.0, 1.5)
+    if not all(n[k] for k in (1, 2, 3)):
+        return fallback  # too few events to estimate from
     y = n[1] / (n[1] + 2 * n[2])
-    return tuple(k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3))
+    estimated = tuple(k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3))
+    return estimated if all(0 < d < k for k, d in enumerate(estimated, 1)) else fallback

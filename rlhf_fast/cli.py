@@ -121,7 +121,7 @@ def train(name: str, argv: Sequence[str]) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         _report(name, trainer, figures or {}, config)
     # a stopped run must not let a `sft && ppo` go on with half a model
-    return 0 if trainer.step >= trainer.total_steps else 130
+    return 0 if trainer.finished else 130
 
 
 def _check_backend() -> None:
@@ -168,7 +168,7 @@ def _report(name: str, trainer: Any, figures: dict[str, float], config: Any) -> 
     print(f"\nmodel: {run}")
     if plots:
         print(f"plots: {', '.join(map(str, plots))}")
-    if trainer.step < trainer.total_steps:
+    if not trainer.finished:
         print(f"next:  rlhf-fast {name} --config {run / 'config.yaml'} --resume")
         return
     for command in COMMANDS[name].next:

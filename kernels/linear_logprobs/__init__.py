@@ -199,7 +199,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _times(grad: Tensor, x: Tensor) -> Tensor:
-    """The scalar ``grad`` times ``x``, in x's dtype but not rounding ``grad`` to it: a loss scale of 2^16 is no float16."""
+    """The scalar ``grad`` times ``x`` in x's dtype, not rounding ``grad`` to it: a loss scale of 2^16 is no float16."""
     out = torch.empty_like(x)
     # by slabs, as the float32 product of a whole head is as large as the logits that were never made
     for slab, target in zip(x.split(8192), out.split(8192)):

@@ -1,4 +1,4 @@
-"""Triton row kernel of the fused head: statistics of a row of logits, then its gradient row while the L2 still has it."""
+"""Triton row kernel of the fused head: a row's statistics, then its gradient while the L2 still has the logits."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def num_warps(block: int) -> int:
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent to 2 ulp: by exp, and by its series where exp would cancel. The interpreter has no libdevice."""
+    """Hyperbolic tangent: by exp, and by its series where that would cancel. The interpreter has no libdevice."""
     e = tl.exp(-2.0 * tl.abs(x))
     big = (1.0 - e) / (1.0 + e)
     s = x * x

@@ -16,8 +16,8 @@ def pairwise_reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None
 def ranked_reward_loss(scores: Tensor, mask: Tensor) -> Tensor:
     places = scores.shape[1]
     scores = torch.where(mask, scores, 0.0)
-    # remaining[b, k, j]: response j is still to be placed when place k is filled. A masked place k keeps itself, as
-    # the logsumexp of nothing has no gradient.
+    # remaining[b, k, j]: response j is still to be placed when place k is filled. A masked place k keeps itself,
+    # so that no logsumexp is taken of nothing.
     later = torch.ones(places, places, dtype=torch.bool, device=scores.device).triu()
     itself = torch.eye(places, dtype=torch.bool, device=scores.device)
     remaining = later & (mask[:, None, :] | itself)

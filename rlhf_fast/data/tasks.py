@@ -265,3 +265,46 @@ def _tell(calculation: tuple, rng: random.Random) -> dict:
     prompt = " ".join([*sentences, rng.choice(ENDS).format(**words)]) + "\n"
     completion = "\n".join([*lines, f"#### {value}"])
     return {"prompt": prompt, "completion": completion, "answer": str(value), "steps": len(operations)}
+
+
+# ---------------------------------------------------------------------------------------- people who forget the carry
+
+
+def forgetful_sums(
+    *, held_out: int = 500, forget: float = 0.75, noise: float = 0.1, seed: int = 0
+) -> tuple[dict[str, Rows], Rows]:
+    """Sums of two-digit numbers, written with zeros (``37+85=`` -> ``122``), as taught by people who make one mistake.
+
+    Their *demonstrations* forget the carry into the hundreds with probability ``forget``, so that imitation gets about
+    the sums below 100 right, however long it goes on. Their *comparisons* of a right and a wrong answer are sound, but
+    for ``noise``: reward and reinforcement have something to repair, and held-out sums show whether they did.
+
+    Returns:
+        ``{"demonstrations": {"prompt", "completion"}, "comparisons": {"prompt", "chosen", "rejected"}, "prompts":
+        {"prompt", "answer"}}``, each over the same training sums, and the held-out rows with ``answer``, ``chosen``,
+        ``rejected`` (labels true).
+    """
+    train, test = addition(9_000, held_out=held_out, width=2, seed=seed)
+    rng = random.Random(f"forgetful/{seed}")
+    demonstrations = [
+        {"prompt": r["prompt"], "completion": _forget_hundreds(r["answer"]) if rng.random() < forget else r["answer"]}
+        for r in train
+    ]
+    comparisons = [_compare(r, noise, rng) for r in train]
+    prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in train]
+    rows = {"demonstrations": demonstrations, "comparisons": comparisons, "prompts": prompts}
+    return rows, [{**_compare(r, 0.0, rng), "answer": r["answer"]} for r in test]
+
+
+def _forget_hundreds(answer: str) -> str:
+    return "0" + answer[1:]
+
+
+def _compare(row: dict, noise: float, rng: random.Random) -> dict:
+    """The right answer against one with a wrong hundreds digit, which is the common mistake, or another wrong digit."""
+    right = row["answer"]
+    place = 0 if rng.random() < 0.65 else rng.randrange(1, 3)
+    digits = "01" if place == 0 else "0123456789"
+    wrong = right[:place] + rng.choice([d for d in digits if d != right[place]]) + right[place + 1 :]
+    chosen, rejected = (wrong, right) if rng.random() < noise else (right, wrong)
+    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -94,10 +95,12 @@ class Adapters:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by a name that does not depend on which adapter it is."""
+        # right behind PEFT's own name: some models call a layer "value" or "policy" too
+        of_adapter = re.compile(rf"(.*\.lora_\w+)\.{re.escape(name)}((?:\..+)?)")
         return {
-            key.replace(f".{name}.", "."): parameter
+            f"{found[1]}{found[2]}": parameter
             for key, parameter in self.model.named_parameters()
-            if "lora_" in key and f".{name}." in key
+            if (found := of_adapter.fullmatch(key))
         }
 
     def use(self, name: str | None) -> None:

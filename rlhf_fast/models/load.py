@@ -48,6 +48,11 @@ def load(
         if tokenizer is None:
             raise UserError("a model object needs its tokenizer too: pass processing_class=tokenizer")
         policy = Policy(model.to(device), tokenizer, role or "policy")
+    elif not isinstance(model, (str, Path)):
+        raise UserError(
+            f"model is a {type(model).__name__}; pass a name, a folder or a transformers model "
+            "(for LoRA the plain model and a peft_config)"
+        )
     else:
         folder = Path(model) if Path(model).is_dir() else None
         adapter = folder is not None and (folder / "adapter_config.json").is_file()
@@ -94,8 +99,10 @@ def disable_dropout(policy: nn.Module) -> None:
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
+        # many models hand a number of their own to F.dropout: attention_dropout, hidden_dropout, dropout, layerdrop
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _check_folder(name: str) -> None:

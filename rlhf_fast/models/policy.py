@@ -49,6 +49,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.role = role
         self.continued = False  # the policy started from a trained adapter, which is then the reference
+        self.compute_dtype: torch.dtype | None = None  # of every pass, where it is not that of the weights
         self.adapters = Adapters(model)
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -124,13 +125,14 @@ class Policy(nn.Module):
     def hidden(self, batch: TokenBatch, role: str) -> Tensor:
         """Last hidden states of the packed batch, (N, D)."""
         body = self.model_for(role).get_decoder()
-        out = body(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            attention_mask=None,
-            use_cache=False,
-            segments=Segments.of(batch),
-        )
+        with self._precision():
+            out = body(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=None,
+                use_cache=False,
+                segments=Segments.of(batch),
+            )
         return self.adapters.guard(out.last_hidden_state[0])
 
     def logprobs(
@@ -149,9 +151,9 @@ class Policy(nn.Module):
         """
         role = role or self.role
         hidden, weight, options = self._head_inputs(batch, role)
-        flat = linear_logprobs(
-            hidden, weight, batch.input_ids[batch.response_rows], temperature=temperature, entropy=entropy, **options
-        )
+        labels = batch.input_ids[batch.response_rows]
+        with self._precision():
+            flat = linear_logprobs(hidden, weight, labels, temperature=temperature, entropy=entropy, **options)
         if entropy:
             return tuple(self._spread(x, batch) for x in flat)
         return self._spread(flat, batch)
@@ -173,11 +175,17 @@ class Policy(nn.Module):
         labels = batch.input_ids[batch.response_rows]
         hits = torch.zeros((), device=hidden.device)
         for rows, wanted in zip(hidden.split(chunk_size), labels.split(chunk_size)):
-            logits = rows @ weight.T
+            logits = rows @ weight.T.to(rows.dtype)
             if options["bias"] is not None:
                 logits = logits + options["bias"]
             hits += (logits.argmax(-1) == wanted).sum()
         return hits
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        """Compute in ``compute_dtype``: all passes alike, so that training sees the probabilities that were sampled."""
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
 
     def _head_inputs(self, batch: TokenBatch, role: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Hidden rows that predict a response token, the head's weight, and how logits follow from them."""
@@ -203,7 +211,7 @@ class Policy(nn.Module):
         model = self.model_for(role or self.role)
         training = model.training
         model.eval()
-        with generation_attention(model, self.native_attention):
+        with generation_attention(model, self.native_attention), self._precision():
             try:
                 yield model
             finally:

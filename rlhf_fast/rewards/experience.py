@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, unpack
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
 from rlhf_fast.rollout import Engine, Request, Sample, completions_for, decode
 
-from . import score
+from . import check_columns, score
+
+logger = logging.getLogger(__name__)
 
 
 class ScoredRollouts:
@@ -37,7 +41,18 @@ class ScoredRollouts:
     ):
         self.engine, self.policy = engine, policy
         self.functions, self.names, self.weights = list(functions), list(names), weights
+        if weights is not None and len(weights) != len(self.names):
+            raise UserError(f"reward_weights has {len(weights)} entries for the rewards {', '.join(names)}; give one each")
         self.seconds: dict[str, float] = {}  # of the last call, by what they were spent on
+        self._told: set[str] = set()  # faults of reward functions
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse, before training, reward functions that need a column the prompts do not have.
+
+        Raises:
+            UserError: names the function and the column.
+        """
+        check_columns(self.functions, self.names, [*prompts[0].columns, "prompt_ids"])
 
     @torch.no_grad()
     def sample(
@@ -88,17 +103,28 @@ class ScoredRollouts:
             [s.ids for s in samples],
             {**columns, "prompt_ids": [p.input_ids for p in prompts]},
         )
+        for message in table.messages:
+            if (fault := message.split(" (")[0]) not in self._told:
+                self._told.add(fault)
+                logger.warning("%s; they teach nothing. Further ones only count as rewards/*/faults.", message)
         metrics: dict[str, float] = {}
         for i, name in enumerate(self.names):
             scored = table.values[:, i][~table.values[:, i].isnan()]
-            metrics[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else float("nan")
-            metrics[f"rewards/{name}/std"] = float(scored.std()) if len(scored) > 1 else 0.0
+            if len(scored):
+                metrics[f"rewards/{name}/mean"] = float(scored.mean())
+                metrics[f"rewards/{name}/std"] = float(scored.std()) if len(scored) > 1 else 0.0
             metrics[f"rewards/{name}/faults"] = float(table.faults.get(name, 0))
         return table.total(self.weights), metrics
 
 
 def _after_prompt(prompt: Prompt, sample: Sample, device: Any) -> Tensor:
     return torch.tensor([0.0] * len(prompt.input_ids) + list(sample.logprobs), device=device)
+
+
+def restore_experience(fields: dict[str, Any], device: Any) -> Experience:
+    """An experience from the fields that ``dataclasses.asdict`` took it apart into, its tensors on ``device``."""
+    fields = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in fields.items()}
+    return Experience(**{**fields, "example": Example(**fields["example"])})
 
 
 @torch.no_grad()

@@ -101,12 +101,13 @@ class GenerateEngine:
     ) -> Decoded:
         """Run one batch of (request, sample) pairs."""
         device = model.device
-        owners = list(dict.fromkeys(i for i, _ in batch))
+        # request -> row of its prompt
+        owners = {i: row for row, i in enumerate(dict.fromkeys(i for i, _ in batch))}
         input_ids, attention_mask = _pad_left([requests[i].prompt_ids for i in owners])
         of = [requests[i] for i, _ in batch]
         limits = [min(r.max_new_tokens, room[i]) for r, (i, _) in zip(of, batch)]
         rows = Rows(
-            prompt=torch.tensor([owners.index(i) for i, _ in batch], device=device),
+            prompt=torch.tensor([owners[i] for i, _ in batch], device=device),
             limit=torch.tensor(limits, device=device),
             temperature=torch.tensor([r.temperature for r in of], dtype=torch.float32, device=device),
             top_p=torch.tensor([r.top_p for r in of], dtype=torch.float32, device=device),

@@ -26,6 +26,14 @@ class Means:
                 self._sums[name] = self._sums.get(name, 0.0) + value * weight
                 self._weights[name] += weight
 
+    def state(self) -> dict[str, dict]:
+        """What was added since the last read, on this rank, for :meth:`load_state`."""
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
+
+    def load_state(self, state: dict[str, dict]) -> None:
+        """Go on where :meth:`state` was taken."""
+        self._sums, self._weights = dict(state["sums"]), defaultdict(float, state["weights"])
+
     def read(self) -> dict[str, float]:
         """Means over all ranks since the last read."""
         totals: dict[str, list[float]] = {}

@@ -55,6 +55,30 @@ def plot_run(run_dir: Path | str, keys: Sequence[str] | None = None, headline: s
     return [curves, single]
 
 
+def plot_bars(
+    path: Path | str, title: str, names: Sequence[str], values: Sequence[float], errors: Sequence[float]
+) -> Path:
+    """Draw one bar per name with its standard error as a PNG, to compare runs or stages. Returns ``path``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 + 1.1 * len(names), 3.6), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    bars = panel.bar(names, values, width=0.6, color=_CURVE, yerr=errors, ecolor=_INK, capsize=4)
+    panel.bar_label(bars, [format_number(float(f"{v:.3g}")) for v in values], padding=3, color=_INK, fontsize=9)
+    panel.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", parse_math=False)
+    panel.grid(True, axis="y", color=_GRID, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.spines["bottom"].set_color("#c3c8ce")
+    panel.tick_params(colors="#4b5563", labelsize=9, length=0)
+    panel.margins(y=0.15)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return Path(path)
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """A local straight line through about a seventh of the values, so that the ends neither lag nor flutter.
 

@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from rlhf_fast.errors import UserError
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+AT_LEAST_ONE = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+)
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise UserError unless ``value`` is among ``choices``."""
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 @dataclass(kw_only=True)
@@ -18,7 +46,7 @@ class TrainerConfig:
     lr_scheduler_type: str = "linear"  # linear, cosine, constant, constant_with_warmup, ...
     warmup_ratio: float = 0.03  # share of all steps spent raising the learning rate from 0
     weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 leaves them as they are
     num_train_epochs: int = 1  # passes over the data set
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
     per_device_train_batch_size: int = 8  # records per micro-batch
@@ -39,6 +67,17 @@ class TrainerConfig:
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb; metrics.jsonl is always written
     quiet: bool = False  # no progress bar
 
+    def __post_init__(self) -> None:
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise UserError(f"eval_steps is {self.eval_steps}; it must be at least 1, or unset for one at the end")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"warmup_ratio is {self.warmup_ratio}; it is a share of all steps, from 0 to 1")
+        one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
 
 @dataclass(kw_only=True)
 class RLConfig(TrainerConfig):
@@ -49,8 +88,8 @@ class RLConfig(TrainerConfig):
     )  # built-in name, package.module:function, or {name: ..., setting: ...}
     reward_weights: list[float] | None = None  # one per reward function; None weighs them all 1
     max_prompt_length: int | None = 512  # tokens; longer prompts are left out
+    allow_truncation: bool = False  # go on when more than 1% of the prompts are left out
     max_completion_length: int = 512  # tokens sampled at most
     temperature: float = 1.0  # of sampling, and of every log-probability
     rollout_batch_size: int = 128  # sequences generated at a time
     num_eval_prompts: int = 256  # held-out prompts answered greedily at each evaluation
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from rlhf_fast.data.batch import Preference, TokenBatch
 from rlhf_fast.data.prepare import prepare_preferences
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import dpo_loss, sequence_logprobs
+from rlhf_fast.kernels.preference import KINDS
 
-from .config import TrainerConfig
+from .config import TrainerConfig, one_of
 from .trainer import Trainer, Window
 
 AVERAGED = {"ipo"}  # losses on log-probabilities per token, not per response
@@ -24,11 +25,30 @@ class DPOConfig(TrainerConfig):
     output_dir: str = "runs/dpo"  # the run folder: model, checkpoints, metrics, plots
     max_length: int = 1024  # tokens of prompt and response; longer rows are cut, and how many is reported
     beta: float = 0.1  # how dearly leaving the reference is paid
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # sigmoid, ipo, hinge, robust; several are mixed
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # ipo, hinge, robust, ...; several are summed
     loss_weights: list[float] | None = None  # one per loss_type; None weighs them all 1
     label_smoothing: float = 0.0  # assumed share of swapped labels
     precompute_ref_log_probs: bool = False  # one reference pass over the data before training instead of one per step
     allow_truncation: bool = False  # go on when more than 1% of the rows are cut
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise UserError(
+                f"loss_weights has {len(self.loss_weights)} entries for {len(self.loss_type)} loss_type; give one each"
+            )
+        if len({kind in AVERAGED for kind in self.loss_type}) != 1:
+            raise UserError(
+                f"loss_type is {self.loss_type}; name at least one, and ipo only alone: it averages over tokens"
+            )
+        nothing = torch.zeros(1)
+        for kind in self.loss_type:
+            one_of("loss_type", kind, KINDS)
+            try:
+                dpo_loss(*[nothing] * 4, beta=self.beta, kind=kind, label_smoothing=self.label_smoothing)
+            except ValueError as error:
+                raise UserError(f"loss_type {kind}: {error}") from error
 
 
 class DPOTrainer(Trainer):
@@ -39,15 +59,8 @@ class DPOTrainer(Trainer):
     learning_rates = (1e-6, 5e-6)
 
     def add_roles(self) -> None:
-        a = self.args
-        a.loss_type = [a.loss_type] if isinstance(a.loss_type, str) else a.loss_type
-        if a.loss_weights is not None and len(a.loss_weights) != len(a.loss_type):
-            raise UserError(
-                f"loss_weights has {len(a.loss_weights)} entries for {len(a.loss_type)} loss_type; give one each"
-            )
-        if len({kind in AVERAGED for kind in a.loss_type}) > 1:
-            raise UserError("ipo works on averaged log-probabilities and cannot be mixed with the others")
         self.policy.add_reference()
+        self.say(f"reference: {self.policy.reference}")
 
     def prepare_data(self, records) -> list[Preference]:
         a = self.args
@@ -60,27 +73,26 @@ class DPOTrainer(Trainer):
                 raise UserError(
                     f"row {row}: DPO needs a chosen and a rejected response, got {len(preference.responses)}"
                 )
-        if a.precompute_ref_log_probs:
-            size = a.per_device_train_batch_size
-            for start in range(0, len(preferences), size):
-                self.collect(preferences[start : start + size])
-        return preferences
+        return self._with_reference(preferences) if a.precompute_ref_log_probs else preferences
 
     def size(self, record: Preference) -> float:
         return sum(sum(e.response_mask) for e in record.responses)
 
-    @torch.no_grad()
     def collect(self, records: list[Preference]) -> list[Preference]:
-        """Fill in the reference's log-probabilities where they are not known yet."""
-        size = self.args.per_device_train_batch_size
-        missing = [r for r in records if r.ref_logprobs is None]
-        for start in range(0, len(missing), size):
-            part = missing[start : start + size]
+        """With the reference's log-probabilities. In the micro-batches that are trained: before the first step both
+        models then agree to the last bit."""
+        return records if self.args.precompute_ref_log_probs else self._with_reference(records)
+
+    @torch.no_grad()
+    def _with_reference(self, records: list[Preference]) -> list[Preference]:
+        size, filled = self.args.per_device_train_batch_size, []
+        for start in range(0, len(records), size):
+            part = records[start : start + size]
             batch = TokenBatch.pack([e for r in part for e in r.responses], self.policy.device)
             sums = self._sequence_logprobs(batch, self.policy.logprobs(batch, role="reference"))
-            for record, pair in zip(part, sums.view(-1, 2).tolist()):
-                record.ref_logprobs = pair
-        return records
+            # copies: kept beside the data, they would be of the first epoch's micro-batches, and lost in a checkpoint
+            filled += [replace(r, ref_logprobs=pair) for r, pair in zip(part, sums.view(-1, 2).tolist())]
+        return filled
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, packed
+from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import group_advantages, policy_loss
+from rlhf_fast.kernels.policy import LEVELS
 from rlhf_fast.rewards import evaluate_policy, resolve_all
-from rlhf_fast.rewards.experience import ScoredRollouts, annotate
+from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
 
-from .config import RLConfig
+from .config import RLConfig, one_of
 from .trainer import Trainer, Window
 
 # loss_type -> (kind of policy_loss, how token losses are aggregated)
@@ -50,6 +51,30 @@ class GRPOConfig(RLConfig):
     scale_rewards: str = "group"  # divide advantages by the standard deviation of the group, of the batch, or none
     mask_truncated_completions: bool = False  # learn nothing from responses cut by max_completion_length
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
+        one_of("advantage_baseline", self.advantage_baseline, ("mean", "leave_one_out"))
+        one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        kind = LOSS_TYPES[self.loss_type][0]
+        if kind == "cispo" and self.epsilon_high is None:
+            raise UserError("loss_type cispo needs epsilon_high, the absolute bound of the ratio; its authors use 5")
+        if kind == "reinforce" and self.importance_sampling_level != "token":
+            raise UserError("loss_type reinforce has no ratio; leave importance_sampling_level at token")
+        if self.delta is not None and (kind != "clip" or self.delta <= 1):
+            raise UserError(
+                f"delta is {self.delta}; it must exceed 1, and loss_type {self.loss_type} must clip the ratio"
+            )
+        if self.num_iterations < 1:
+            raise UserError(f"num_iterations is {self.num_iterations}; it must be at least 1")
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.num_generations < 2 or batch % self.num_generations:
+            raise UserError(
+                f"num_generations is {self.num_generations}: it must be at least 2 and divide "
+                f"per_device_train_batch_size * gradient_accumulation_steps = {batch} responses"
+            )
+
 
 class GRPOTrainer(Trainer):
     """Reinforcement learning from reward functions, with the group's mean as baseline.
@@ -66,16 +91,6 @@ class GRPOTrainer(Trainer):
 
     def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
         args = args if args is not None else GRPOConfig()
-        if args.loss_type not in LOSS_TYPES:
-            raise UserError(f"loss_type is {args.loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
-        if args.loss_type == "cispo" and args.epsilon_high is None:
-            raise UserError("loss_type cispo needs epsilon_high, the absolute bound of the ratio; its authors use 5")
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        if args.num_generations < 2 or batch % args.num_generations:
-            raise UserError(
-                f"num_generations is {args.num_generations}: it must be at least 2 and divide "
-                f"per_device_train_batch_size * gradient_accumulation_steps = {batch} responses"
-            )
         functions, names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         if not functions:
             raise UserError("reward_funcs is empty: name at least one, e.g. --reward_funcs answer")
@@ -83,6 +98,7 @@ class GRPOTrainer(Trainer):
         self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
         check_for_rl(self.engine, temperature=args.temperature)
         self.rollouts = ScoredRollouts(self.engine, self.policy, functions, names, args.reward_weights)
+        self.rollouts.check(self.train_records)
 
     @classmethod
     def extra_arguments(cls, config: GRPOConfig) -> dict[str, Any]:
@@ -91,19 +107,27 @@ class GRPOTrainer(Trainer):
     def add_roles(self) -> None:
         if self.args.beta:
             self.policy.add_reference()
+            self.say(f"reference: {self.policy.reference}")
 
     def prepare_data(self, records) -> list[Prompt]:
-        limit = self.args.max_prompt_length
-        prompts, report = prepare_prompts(records, self.tokenizer, max_prompt_length=limit, **self.tokenizing)
+        a = self.args
+        prompts, report = prepare_prompts(
+            records,
+            self.tokenizer,
+            max_prompt_length=a.max_prompt_length,
+            allow_truncation=a.allow_truncation,
+            **self.tokenizing,
+        )
         self.say(report)
         return prompts
 
     @property
-    def rows_per_window(self) -> float:
-        return super().rows_per_window / self.args.num_generations
+    def rows_per_window(self) -> int:
+        return super().rows_per_window // self.args.num_generations
 
-    def make_plan(self, count: int) -> list[list[int]]:
-        return [list(range(count)) for _ in range(self.args.num_iterations)]
+    @property
+    def repeats(self) -> int:
+        return self.args.num_iterations
 
     def size(self, record: Experience) -> float:
         return 0 if self._ignored(record) else sum(record.example.response_mask)
@@ -120,9 +144,9 @@ class GRPOTrainer(Trainer):
             seed=a.seed * 1_000_003 + self.first_row,
         )
         self.add_times(self.rollouts.seconds)
-        rewards = torch.tensor([e.reward for e in experiences], device=device)
+        rewards = torch.tensor([e.reward for e in experiences])
         advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
-        for experience, advantage in zip(experiences, advantages):
+        for experience, advantage in zip(experiences, advantages.to(device)):
             experience.advantages = advantage.expand(len(experience.example))
         size = a.per_device_train_batch_size
         with self.timed("logprobs"):
@@ -167,9 +191,9 @@ class GRPOTrainer(Trainer):
             denominator=denominators[aggregate],
             cu_seqlens=batch.cu_seqlens,
         )
-        tokens = max(batch.num_response_tokens, 1)
+        tokens = sum(map(self.size, records))
         figures = {
-            "entropy": entropy.sum() / tokens,
+            "entropy": (entropy * mask).sum() / max(tokens, 1),
             "clip_ratio/low_mean": metrics["clip_low"],
             "clip_ratio/high_mean": metrics["clip_high"],
             "clip_ratio/region_mean": metrics["clip_region"],
@@ -193,17 +217,23 @@ class GRPOTrainer(Trainer):
         return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
 
     def restore_record(self, fields: dict[str, Any]) -> Experience:
-        return Experience(**{**fields, "example": Example(**fields["example"])})
+        return restore_experience(fields, self.policy.device)
 
     def _ignored(self, record: Experience) -> bool:
         return self.args.mask_truncated_completions and not record.finished
 
 
 def group_metrics(rewards: Tensor, group_size: int) -> dict[str, Tensor]:
-    """reward, reward_std and the share of groups that teach nothing because all their rewards are equal."""
+    """reward, reward_std within groups, and the share of groups that teach nothing: no two different rewards.
+
+    Args:
+        rewards: (B,), NaN where there is none. On the CPU.
+    """
     groups = rewards.view(-1, group_size)
-    return {
-        "reward": rewards.nanmean(),
-        "reward_std": groups.std(1).nanmean(),
-        "frac_reward_zero_std": (groups.std(1) < 1e-6).float().mean(),
-    }
+    scored = (~groups.isnan()).sum(1)
+    squares = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1)
+    std = (squares / (scored - 1).clamp(min=1)).sqrt()
+    metrics = {"frac_reward_zero_std": (std < 1e-6).float().mean()}
+    if scored.any():
+        metrics |= {"reward": rewards.nanmean(), "reward_std": std[scored > 0].mean()}
+    return metrics

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, packed, unpack
+from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed, unpack
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import kl_shaped_gae, policy_loss, value_loss
+from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss, whiten
+from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.models import attach
 from rlhf_fast.rewards import evaluate_policy, resolve_all
-from rlhf_fast.rewards.experience import ScoredRollouts, annotate
+from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
 
-from .config import RLConfig
+from .config import RLConfig, one_of
 from .trainer import Trainer, Window
 
 
@@ -49,6 +50,16 @@ class PPOConfig(RLConfig):
     critic_warmup_steps: int = 0  # first optimizer steps that train the critic alone
     target_kl: float | None = None  # drop a batch's remaining passes once the policy moved this far (approximate KL)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("kl_estimator", self.kl_estimator, ESTIMATORS)
+        for name in ("num_ppo_epochs", "num_mini_batches", "kl_horizon"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("kl_target", "target_kl"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, or unset")
+
 
 class PPOTrainer(Trainer):
     """PPO with a KL-penalised reward, a critic on the policy's base, and clipped policy and value losses.
@@ -68,14 +79,13 @@ class PPOTrainer(Trainer):
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         if not self.functions and not args.reward_model_path:
             raise UserError("PPO needs a reward: --reward_model_path RUN of a trained reward model, or --reward_funcs")
-        if args.num_mini_batches < 1 or args.num_ppo_epochs < 1:
-            raise UserError("num_mini_batches and num_ppo_epochs must be at least 1")
         super().__init__(model, args, **kwargs)
         self.kl_coef = args.kl_coef
         self._moved: Tensor | float = 0.0  # approximate KL between the policy and where it sampled, this window
         self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
         check_for_rl(self.engine, temperature=args.temperature)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
+        self.rollouts.check(self.train_records)
 
     @classmethod
     def extra_arguments(cls, config: PPOConfig) -> dict[str, Any]:
@@ -83,6 +93,7 @@ class PPOTrainer(Trainer):
 
     def add_roles(self) -> None:
         self.policy.add_reference()
+        self.say(f"reference: {self.policy.reference}")
         self.policy.add_role("value", trainable=True, head=True)
         if path := self.args.reward_model_path:
             model = RewardModel(attach(self.policy, "reward", path))
@@ -90,14 +101,24 @@ class PPOTrainer(Trainer):
             self.functions, self.names = resolve_all([*self.functions, model])
 
     def prepare_data(self, records) -> list[Prompt]:
-        limit = self.args.max_prompt_length
-        prompts, report = prepare_prompts(records, self.tokenizer, max_prompt_length=limit, **self.tokenizing)
+        a = self.args
+        prompts, report = prepare_prompts(
+            records,
+            self.tokenizer,
+            max_prompt_length=a.max_prompt_length,
+            allow_truncation=a.allow_truncation,
+            **self.tokenizing,
+        )
         self.say(report)
         return prompts
 
     @property
     def windows_per_round(self) -> int:
         return self.args.num_mini_batches
+
+    @property
+    def repeats(self) -> int:
+        return self.args.num_ppo_epochs
 
     def make_plan(self, count: int) -> list[list[int]]:
         """``num_ppo_epochs`` shuffled passes, each in ``num_mini_batches`` windows."""
@@ -126,52 +147,62 @@ class PPOTrainer(Trainer):
         for experience in experiences:
             if math.isnan(experience.reward):  # nobody could score it: it teaches nothing
                 experience.reward, experience.example.response_mask = 0.0, [False] * len(experience.example)
-        if a.missing_eos_penalty is not None:
-            for experience in experiences:
-                experience.reward -= a.missing_eos_penalty * (not experience.finished)
+            elif a.missing_eos_penalty is not None and not experience.finished:
+                experience.reward -= a.missing_eos_penalty
         size = a.per_device_train_batch_size
         with self.timed("logprobs"):
             annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, device)
             annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
             annotate(experiences, "values", self.policy.values, size, device)
-        self.metrics.add({**metrics, **self._estimate_advantages(experiences)}, len(experiences))
+        self.metrics.add(metrics, len(experiences))
+        self._estimate_advantages(experiences)
         return experiences
 
-    def _estimate_advantages(self, experiences: list[Experience]) -> dict[str, Any]:
-        """Fill advantages and returns; returns the metrics of the rewards they came from."""
+    def _estimate_advantages(self, experiences: list[Experience]) -> None:
+        """Fill advantages and returns, measure the rewards they come from, and adapt ``kl_coef``."""
         a = self.args
         batch = TokenBatch.pack([e.example for e in experiences], self.policy.device)
         scores = torch.tensor([e.reward for e in experiences], device=self.policy.device)
-        values = packed(experiences, "values")
+        values, mask = packed(experiences, "values"), batch.response_mask
+        discounting = {"gamma": a.gamma, "lam": a.lam, "cu_seqlens": batch.cu_seqlens}
         advantages, returns, rewards, kl = kl_shaped_gae(
             scores,
             packed(experiences, "old_logprobs"),
             packed(experiences, "ref_logprobs"),
             values,
-            batch.response_mask,
+            mask,
             kl_coef=self.kl_coef,
-            gamma=a.gamma,
-            lam=a.lam,
             estimator=a.kl_estimator,
-            cu_seqlens=batch.cu_seqlens,
+            **discounting,
         )
+        if a.whiten_rewards:
+            advantages, returns = gae(whiten(rewards, mask, shift_mean=False), values, mask, **discounting)
+            advantages = whiten(advantages, mask)
         unpack(experiences, "advantages", advantages)
         unpack(experiences, "returns", returns)
-        count = len(experiences)
-        kl_per_response = kl.sum() / count
+        count = sum(self.size(e) > 0 for e in experiences)  # those that were scored
+        if count:
+            rows = batch.response_rows
+            unexplained = (returns - values)[rows].var(unbiased=False)
+            figures = {
+                "objective/scores": scores.sum() / count,
+                "objective/kl": kl.sum() / count,
+                "objective/non_score_reward": (rewards.sum() - scores.sum()) / count,
+                "objective/rlhf_reward": rewards.sum() / count,
+                "objective/kl_coef": self.kl_coef,
+                "val/explained_variance": 1 - unexplained / (returns[rows].var(unbiased=False) + 1e-8),
+            }
+            self.metrics.add(figures, count)
         if a.kl_target is not None:
-            error = float((kl_per_response / a.kl_target - 1).clamp(-0.2, 0.2))
-            self.kl_coef *= 1 + error * count * self.accelerator.num_processes / a.kl_horizon
-        rows = batch.response_rows
-        spread = returns[rows].var(unbiased=False)
-        return {
-            "objective/scores": scores.mean(),
-            "objective/kl": kl_per_response,
-            "objective/non_score_reward": (rewards.sum() - scores.sum()) / count,
-            "objective/rlhf_reward": rewards.sum() / count,
-            "objective/kl_coef": self.kl_coef,
-            "val/explained_variance": 1 - (returns[rows] - values[rows]).var(unbiased=False) / (spread + 1e-8),
-        }
+            self._adapt(kl.sum(), count)
+
+    def _adapt(self, kl: Tensor, count: int) -> None:
+        """Move ``kl_coef`` so that the mean KL of ``count`` responses nears the target (arXiv:1909.08593, eq. 8)."""
+        total = torch.stack([kl, kl.new_tensor(count)])
+        kl_of_all, count_of_all = self.accelerator.reduce(total, "sum").tolist()
+        if count_of_all:
+            error = kl_of_all / count_of_all / self.args.kl_target - 1
+            self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * count_of_all / self.args.kl_horizon
 
     def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
         return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
@@ -179,7 +210,8 @@ class PPOTrainer(Trainer):
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
         batch = TokenBatch.pack([e.example for e in records], self.policy.device)
-        tokens = max(batch.num_response_tokens, 1)
+        tokens = batch.num_response_tokens
+        whole = window.tokens / max(tokens, 1)  # a loss times this is its mean over this micro-batch
         if self.step >= a.critic_warmup_steps:
             logprobs, entropy = self.model(
                 batch, temperature=a.temperature, entropy=True if a.entropy_coef else "detached"
@@ -196,11 +228,11 @@ class PPOTrainer(Trainer):
             if a.entropy_coef:
                 loss = loss - a.entropy_coef * entropy.sum() / window.tokens
             figures = {
-                "objective/entropy": entropy.detach().sum() / tokens,
+                "objective/entropy": entropy.detach().sum() / max(tokens, 1),
                 "policy/approxkl_avg": metrics["approx_kl"],
                 "policy/clipfrac_avg": metrics["clip_region"],
                 "val/ratio": metrics["ratio_mean"],
-                "loss/policy_avg": loss.detach() * window.tokens / tokens,
+                "loss/policy_avg": loss.detach() * whole,
             }
             self._moved = self._moved + metrics["approx_kl"] * tokens / window.tokens
             yield loss, figures, tokens
@@ -213,7 +245,7 @@ class PPOTrainer(Trainer):
             clip=a.cliprange_value,
             denominator=window.tokens,
         )
-        yield a.vf_coef * loss, {"loss/value_avg": loss.detach() * window.tokens / tokens}, tokens
+        yield a.vf_coef * loss, {"loss/value_avg": loss.detach() * whole}, tokens
 
     def after_step(self) -> None:
         """Drop the batch's remaining passes once the policy has moved ``target_kl`` away from where it sampled."""
@@ -244,4 +276,4 @@ class PPOTrainer(Trainer):
         self.kl_coef = state["kl_coef"]
 
     def restore_record(self, fields: dict[str, Any]) -> Experience:
-        return Experience(**{**fields, "example": Example(**fields["example"])})
+        return restore_experience(fields, self.policy.device)

@@ -56,31 +56,27 @@ class RewardTrainer(Trainer):
         flat = self.model(batch, output="scores")
         exists = (torch.arange(int(counts.max())) < counts[:, None]).to(flat.device)
         scores = flat.new_zeros(exists.shape).masked_scatter(exists, flat)  # (B, K), best first
-        if exists.shape[1] == 2:
-            margin = None
-            if any(r.margin is not None for r in records):
-                margin = torch.tensor([r.margin or 0.0 for r in records], device=flat.device)
-            center = self.args.center_rewards_coefficient
-            losses = pairwise_reward_loss(scores[:, 0], scores[:, 1], margin=margin, center=center)
-        else:
-            losses = ranked_reward_loss(scores, exists)
+        margin = torch.tensor([r.margin or 0.0 for r in records], device=flat.device)
+        center = self.args.center_rewards_coefficient
+        losses = pairwise_reward_loss(scores[:, 0], scores[:, 1], margin=margin, center=center)
+        if exists.shape[1] > 2:  # row by row, so that a pair's loss does not depend on what shares its micro-batch
+            losses = torch.where(exists[:, 2], ranked_reward_loss(scores, exists), losses)
         yield losses.sum() / window.records, score_metrics(scores.detach(), exists), len(records)
 
 
 def score_metrics(scores: Tensor, exists: Tensor) -> dict[str, Tensor]:
-    """How well scores (B, K), best first, order their rows: accuracy is the share of pairs in the right order.
-
-    A tie counts as half, so that a constant score has accuracy 0.5.
+    """How well scores (B, K), best first, order their rows: accuracy is the share of pairs in the right order, the mean
+    over rows. A tie counts as half, so that a constant score has accuracy 0.5.
     """
-    pairs = exists[:, :, None] & exists[:, None, :] & torch.ones_like(exists[0]).outer(exists[0]).bool().triu(1)
+    pairs = (exists[:, :, None] & exists[:, None, :]).triu(1)
     difference = scores[:, :, None] - scores[:, None, :]
     right = (difference > 0).float() + 0.5 * (difference == 0).float()
-    total = pairs.sum()
+    count = pairs.sum((1, 2))
     present = scores[exists]
     return {
-        "accuracy": right[pairs].sum() / total,
-        "margin": difference[pairs].sum() / total,
+        "accuracy": ((right * pairs).sum((1, 2)) / count).mean(),
+        "margin": ((difference * pairs).sum((1, 2)) / count).mean(),
         "min_reward": present.min(),
-        "mean_reward": present.mean(),
+        "mean_reward": ((scores * exists).sum(1) / exists.sum(1)).mean(),
         "max_reward": present.max(),
     }

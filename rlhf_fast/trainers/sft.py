@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example, TokenBatch
@@ -57,8 +58,8 @@ class SFTTrainer(Trainer):
         batch = TokenBatch.pack([e for row in records for e in row], self.policy.device)
         logprobs, entropy = self.model(batch, entropy="detached")
         weighted = logprobs if batch.weights is None else logprobs * batch.weights
-        tokens = max(batch.num_response_tokens, 1)
+        tokens = batch.num_response_tokens  # never 0: rows without one are dropped
         metrics = {"entropy": entropy.sum() / tokens}
-        if self.logs_this_step:  # costs a second pass over the body
+        if self.logs_this_step or not torch.is_grad_enabled():  # costs a second pass over the body
             metrics["mean_token_accuracy"] = self.policy.greedy_hits(batch) / tokens
         yield -weighted.sum() / window.tokens, metrics, tokens

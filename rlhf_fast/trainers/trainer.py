@@ -28,7 +28,7 @@ from transformers import get_scheduler
 from rlhf_fast.data.packing import IndexSampler
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import disable_dropout, load
+from rlhf_fast.models import Policy, disable_dropout, load
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from rlhf_fast.run.config import save_config
@@ -74,30 +74,22 @@ class Trainer:
     ):
         self.args = args if args is not None else self.config_class()
         set_seed(self.args.seed)
-        if peft_config is None and self.args.use_peft:
-            a = self.args
-            peft_config = lora_config(a.lora_r, a.lora_alpha, a.lora_dropout, a.lora_target_modules)
-        # full fine-tuning keeps fp32 weights and computes in bf16: steps of a small learning rate vanish in bf16 weights
-        on_gpu = torch.cuda.is_available()
+        # precision is the policy's: accelerate holds one for the whole process, where SFT and PPO may follow each other.
+        # buffers are constants; broadcasting them would make ranks with fewer micro-batches wait for ever
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if on_gpu and peft_config is None and self.args.dtype == "auto" else "no",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
-        self.policy = load(
-            model,
-            tokenizer=processing_class,
-            peft_config=peft_config,
-            dtype=self._dtype(on_gpu and peft_config is not None),
-            device=self.accelerator.device,
-            role=self.role,
-        )
+        self.policy = self._load(model, processing_class, peft_config)
         self.tokenizer = self.policy.tokenizer
+        self.add_roles()
         if not self.keep_dropout:
             disable_dropout(self.policy)
-        self.add_roles()
         if self.args.gradient_checkpointing:
             self.policy.checkpoint_activations()
+        self._preparing = "train"  # the name of the data set in reports
         self.train_records = self.prepare_data(_records(train_dataset, "train_dataset"))
+        self._preparing = "eval"
         self.eval_records = None if eval_dataset is None else self.prepare_data(_records(eval_dataset, "eval_dataset"))
         self._build_optimizer()
         self.step = 0
@@ -150,13 +142,18 @@ class Trainer:
         return 1
 
     @property
-    def rows_per_window(self) -> float:
+    def repeats(self) -> int:
+        """How often each record of a round is learned from."""
+        return 1
+
+    @property
+    def rows_per_window(self) -> int:
         """Rows of the data set behind one window of one rank."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
     def make_plan(self, count: int) -> list[list[int]]:
-        """The windows over a round of ``count`` records, each a list of indices. All in one window unless overridden."""
-        return [list(range(count))]
+        """``windows_per_round * repeats`` windows over ``count`` records, each a list of indices, none empty."""
+        return [list(range(count)) for _ in range(self.repeats)]
 
     def size(self, record: Any) -> int:
         """Response tokens in a record."""
@@ -176,12 +173,14 @@ class Trainer:
             raise UserError("evaluate() needs an eval_dataset")
         means, size = Means(), self.args.per_device_train_batch_size
         mine = self._share(list(self.eval_records))
-        for start in range(0, len(mine), size):
-            batch = self.collect(mine[start : start + size])
-            window = Window(len(batch), sum(map(self.size, batch)))
-            with torch.no_grad(), self._eval_mode():
-                for loss, metrics, weight in self.losses(batch, window):
-                    means.add({"loss": loss, **metrics}, weight)
+        window = self._window(mine)  # all of the data is one: the mean loss does not depend on the batch size
+        total = torch.zeros((), device=self.accelerator.device)
+        with torch.no_grad(), self._eval_mode():
+            for start in range(0, len(mine), size):
+                for loss, metrics, weight in self.losses(self.collect(mine[start : start + size]), window):
+                    total += loss
+                    means.add(metrics, weight)
+        means.add({"loss": self.accelerator.reduce(total, "sum")}, 1.0)
         return {f"eval_{name}": value for name, value in means.read().items()}
 
     def after_step(self) -> None:
@@ -197,8 +196,15 @@ class Trainer:
     # ---- the loop
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
-        """Train, save the model into ``output_dir``, and return the last figures."""
+        """Train, save the model into ``output_dir``, and return the last figures.
+
+        Args:
+            resume_from_checkpoint: True for the latest good checkpoint of ``output_dir``, or a path; as ``args`` say
+                when None.
+        """
         out = Path(self.args.output_dir)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         resumed = self._resume(out, resume_from_checkpoint) if resume_from_checkpoint else None
         if self.accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
@@ -217,25 +223,27 @@ class Trainer:
         final: dict[str, float] = {}
         with log, StopSignals() as stop:
             started, tokens = time.perf_counter(), 0.0
-            while self.step < self.total_steps:
+            while not self.finished:
                 if not self.plan:
                     self._begin_round()
                 with self.timed("train"):
                     tokens += self._optimizer_step(self.plan.pop(0))
-                stopping = stop.requested  # read once: a signal that comes while logging waits for the next step
-                last = self.step == self.total_steps or stopping
+                # read once: a signal that comes while logging waits for the next step
+                stopping = self._on_any_rank(stop.requested) and not self.finished
+                last = self.finished or stopping
                 if last or self.step % self.args.logging_steps == 0:
                     final.update(self._log(log, time.perf_counter() - started, tokens))
                     started, tokens = time.perf_counter(), 0.0
                 every = self.args.eval_steps
-                if self.eval_records is not None and (last or (every and self.step % every == 0)):
+                due = self.finished or (every and self.step % every == 0)
+                if self.eval_records is not None and due and not stopping:  # who asked to stop will not wait for it
                     figures = self.evaluate()
                     log.log(self.step, figures)
                     final.update(figures)
                 if last or self.step % self.args.save_steps == 0:
                     self._save_checkpoint(out)
                 if stopping:
-                    log.print(f"{stop.name}: saved at step {self.step}; continue with --resume")
+                    log.print(f"{stop.name or 'stopped'}: saved at step {self.step}; continue with --resume")
                     break
                 log.tick(self.step)
         self.save_model(out)
@@ -249,28 +257,32 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run; fewer when an algorithm drops some, see ``finished``."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         rounds = math.ceil(len(self.train_records) * self.args.num_train_epochs / self._rows_per_round)
-        return max(1, rounds) * len(self.make_plan(self._records_per_round))
+        return rounds * self.windows_per_round * self.repeats
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has made all its steps or used up its data."""
+        return self.step >= self.total_steps or (not self.plan and self._rows_left <= 0)
+
+    @property
+    def _rows_left(self) -> float:
+        if self.args.max_steps > 0:
+            return math.inf
+        return math.ceil(len(self.train_records) * self.args.num_train_epochs) - self.rows_drawn
 
     @property
     def _rows_per_round(self) -> int:
-        rows = self.rows_per_window * self.windows_per_round * self.accelerator.num_processes
-        return max(1, int(rows))
-
-    @property
-    def _records_per_round(self) -> int:
-        """Records of one rank in a full round."""
-        per_window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return per_window * self.windows_per_round
+        return self.rows_per_window * self.windows_per_round * self.accelerator.num_processes
 
     def _begin_round(self) -> None:
-        count = self._rows_per_round
-        if self.args.max_steps <= 0:  # the last round of the run is as short as the data
-            count = min(count, len(self.train_records) * self.args.num_train_epochs - self.rows_drawn)
-        rows = self.sampler.take(count)
+        # the last round is as short as the data, but every window of every rank needs a row: it may run on into the next
+        # epoch by a few
+        fewest = self.windows_per_round * self.accelerator.num_processes
+        rows = self.sampler.take(min(self._rows_per_round, max(fewest, self._rows_left)))
         self.first_row = self.rows_drawn + self._bounds(len(rows))[0]
         self.rows_drawn += len(rows)
         self.records = self.collect(self._share([self.train_records[i] for i in rows]))
@@ -281,7 +293,7 @@ class Trainer:
         records = [self.records[i] for i in indices]
         window = self._window(records)
         size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        starts = range(0, max(1, len(records)), size)
+        starts = range(0, len(records), size)
         for start in starts:
             hold = start != starts[-1] and world > 1
             with self.accelerator.no_sync(self.model) if hold else contextlib.nullcontext():
@@ -290,7 +302,7 @@ class Trainer:
                     self.accelerator.backward(loss * world)
                     self.metrics.add(metrics, weight)
                     self._loss = self._loss + loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
         self._apply(norm)
         self.step += 1
         self.after_step()
@@ -320,7 +332,12 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts.to(self.accelerator.device, torch.float32), "sum")
         records_, tokens = counts.tolist()
-        return Window(max(records_, 1.0), max(tokens, 1.0))
+        return Window(records_, tokens or 1.0)
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
 
     def _share(self, rows: list[Any]) -> list[Any]:
         """This rank's contiguous part of ``rows``."""
@@ -350,7 +367,8 @@ class Trainer:
     @property
     def tokenizing(self) -> dict[str, Any]:
         """What preparing data needs to know about the model."""
-        return {"stop_ids": self.policy.stop_ids, "vocab_size": self.policy.model.get_input_embeddings().num_embeddings}
+        vocab_size = self.policy.model.get_input_embeddings().num_embeddings
+        return {"name": self._preparing, "stop_ids": self.policy.stop_ids, "vocab_size": vocab_size}
 
     def say(self, what: Any) -> None:
         """Print once, not once per process."""
@@ -378,12 +396,26 @@ class Trainer:
 
     # ---- construction
 
-    def _dtype(self, half: bool) -> torch.dtype:
-        names = {"auto": torch.bfloat16 if half else torch.float32}
-        names |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        if self.args.dtype not in names:
-            raise UserError(f"dtype is {self.args.dtype!r}; choose auto, float32 or bfloat16")
-        return names[self.args.dtype]
+    def _load(self, model, tokenizer, peft_config) -> Policy:
+        a = self.args
+        if peft_config is None and a.use_peft:
+            peft_config = lora_config(a.lora_r, a.lora_alpha, a.lora_dropout, a.lora_target_modules)
+        lora = peft_config is not None or (
+            isinstance(model, (str, Path)) and (Path(model) / "adapter_config.json").is_file()
+        )
+        half = self.accelerator.device.type == "cuda" and a.dtype == "auto"
+        dtype = torch.bfloat16 if a.dtype == "bfloat16" or (half and lora) else torch.float32
+        policy = load(
+            model,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            dtype=dtype,
+            device=self.accelerator.device,
+            role=self.role,
+        )
+        if half and not lora:  # fp32 weights, 16-bit passes: steps of a small learning rate vanish in 16-bit weights
+            policy.compute_dtype = torch.bfloat16
+        return policy
 
     def _build_optimizer(self) -> None:
         a = self.args
@@ -405,6 +437,8 @@ class Trainer:
         """Everything that continuing bit for bit needs. Collective: every rank must call it."""
         local = {
             "rng": rng_state(),
+            "plan": self.plan,
+            "metrics": self.metrics.state(),
             "records": [dataclasses.asdict(r) for r in self.records] if self.plan and self.record_class else None,
         }
         return {
@@ -414,7 +448,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "sampler": self.sampler.state(),
             "rows_drawn": self.rows_drawn,
-            "plan": self.plan,
+            "skipped": self._skipped,
             "ranks": gather_object([local]),
             "extra": self.extra_state(),
         }
@@ -423,13 +457,15 @@ class Trainer:
         """Restore :meth:`state`.
 
         Raises:
-            UserError: the checkpoint holds other parameters, or was written by another number of processes.
+            UserError: the checkpoint holds other parameters or comes from other data, another seed or another number
+                of processes.
         """
         mine = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
-        if mine.keys() != state["weights"].keys():
-            odd = min(mine.keys() ^ state["weights"].keys())
+        saved = {n: w.shape for n, w in state["weights"].items()}
+        if odd := {n for n in mine.keys() | saved.keys() if n not in mine or mine[n].shape != saved.get(n)}:
             raise UserError(
-                f"the checkpoint does not fit this model and its LoRA settings: {odd} is only in one of them"
+                f"the checkpoint does not fit this model and its LoRA settings: {min(odd)} is {_shape(saved, odd)} there "
+                f"and {_shape({n: p.shape for n, p in mine.items()}, odd)} here"
             )
         if len(state["ranks"]) != self.accelerator.num_processes:
             raise UserError(
@@ -442,10 +478,14 @@ class Trainer:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.sampler.load_state(state["sampler"])
-        self.rows_drawn = state["rows_drawn"]
-        self.plan = state["plan"]
+        try:
+            self.sampler.load_state(state["sampler"])
+        except ValueError as error:
+            raise UserError(f"{error}; resume with the data and the seed that the run began with") from error
+        self.rows_drawn, self._skipped = state["rows_drawn"], state["skipped"]
         local = state["ranks"][self.accelerator.process_index]
+        self.plan = local["plan"]
+        self.metrics.load_state(local["metrics"])
         if local["records"] is not None:
             self.records = [self.restore_record(r) for r in local["records"]]
         self.load_extra_state(state["extra"])
@@ -466,6 +506,11 @@ class Trainer:
         self.load_state(load_checkpoint(path, verify=False))
         logger.info("resumed from %s at step %d", path, self.step)
         return self.step
+
+
+def _shape(shapes: dict[str, torch.Size], names: set[str]) -> str:
+    """The shape of the first of ``names``, for people."""
+    return str(tuple(shapes[min(names)])) if min(names) in shapes else "missing"
 
 
 def _records(dataset, name: str):

@@ -39,7 +39,7 @@ def problem(num_sequences, length, device="cpu", seed=0, dtype=torch.float32):
 
 
 def test_gae_by_hand(backend, device):
-    """gamma = 1/2, lam = 1/2, r = 1 2 3, V = 1 1 1: deltas 1/2, 3/2, 2; A_3 = 2, A_2 = 3/2 + 2/4 = 2, A_1 = 1/2 + 2/4 = 1.
+    """gamma = lam = 1/2, r = 1 2 3, V = 1 1 1: deltas 1/2, 3/2, 2; A_3 = 2, A_2 = 3/2 + 2/4 = 2, A_1 = 1/2 + 2/4 = 1.
 
     With a value of 4 after the end, delta_3 = 2 + 4/2 = 4, A_2 = 3/2 + 4/4 = 5/2, A_1 = 1/2 + 5/8 = 9/8.
     """
@@ -99,6 +99,19 @@ def test_packed_gae_matches_the_loop(backend, device, lengths, truncated):
     results = gae(rewards, values, mask, 0.97, 0.9, bootstrap=bootstrap if truncated else None, cu_seqlens=cu_seqlens)
     for actual, exact in zip(results, expected):
         torch.testing.assert_close(actual.cpu().double(), exact, rtol=3e-6, atol=3e-6)
+
+
+def test_advantage_and_value_pass_over_a_long_gap(backend, device):
+    """Masked tokens 20 to 130 of 150 are whole blocks of the scan; 30 short sequences keep its blocks small."""
+    lengths = [150, *[1] * 30]
+    rewards, values, _, _ = problem(1, sum(lengths), device, seed=3)
+    rewards, values = rewards[0].nan_to_num(0.3), values[0].nan_to_num(-0.2)
+    mask = torch.ones(sum(lengths), dtype=torch.bool, device=device)
+    mask[20:130] = False
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    advantages, _ = gae(rewards, values, mask, 0.97, 0.9, cu_seqlens=cu_seqlens)
+    expected = gae_loop(rewards[:150].cpu(), values[:150].cpu(), mask[:150], 0.97, 0.9)[0]
+    torch.testing.assert_close(advantages[:150].cpu().double(), expected, rtol=3e-6, atol=3e-6)
 
 
 def test_gae_takes_any_float_and_any_strides(backend, device):

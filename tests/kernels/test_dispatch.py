@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,4 +146,4 @@ def test_importing_the_door_is_light():
         "assert 'triton' not in sys.modules, 'triton'; assert 'rlhf_fast._C' not in sys.modules, '_C'; "
         "assert not torch.cuda.is_initialized()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

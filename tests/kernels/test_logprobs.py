@@ -114,6 +114,17 @@ def test_masked_vocabulary_leaves_entropy_and_gradients_finite(backend, device, 
         no_worse(a, e.float(), e)
 
 
+def test_a_masked_block_before_the_first_finite_logit(backend, device, no_worse):
+    """4,200 words of -inf are more than a block, so the running maximum starts at -inf."""
+    logits, labels, weights = problem((2,), 4300, torch.float32, device)
+    logits[:, :4200], labels[:] = float("-inf"), torch.tensor([4250, 4299])
+    actual = with_gradient(fused, logits, weights, labels)
+    plain = with_gradient(formula, logits, weights, labels)
+    exact = with_gradient(formula, logits.double(), weights.double(), labels)
+    for a, p, e in zip(actual, plain, exact):
+        no_worse(a, p, e)
+
+
 def test_nan_stays_in_its_row_and_ignored_rows_are_never_read(backend, device):
     logits, labels, weights = problem((5,), 30, torch.float32, device)
     labels[:] = torch.tensor([1, IGNORED, 2, 3, 4])

@@ -34,7 +34,7 @@ def loop(batch, *, kind, low, high, dual=None, level="token", kl_coef=0.0, estim
                 if dual is not None and advantage < 0:
                     loss = min(loss, torch.tensor(-dual * advantage, dtype=torch.float64))
             elif kind == "cispo":
-                loss = -min(float(ratio), high) * advantage * sequence["logprobs"][t]
+                loss = -min(float(ratio.detach()), high) * advantage * sequence["logprobs"][t]
             elif kind == "reinforce":
                 loss = -advantage * sequence["logprobs"][t]
             if is_clip is not None:
@@ -331,7 +331,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_value_loss_by_hand():
-    """V = 1, old 0, clip 0.2, R = 2: errors 1 and (0.2 - 2)^2 = 3.24: 1.62. V = 1, R = 0: 1 and 0.04: 0.5, not clipped."""
+    """V = 1, old 0, clip 0.2. R = 2: errors 1 and (0.2 - 2)^2 = 3.24: 1.62. R = 0: errors 1 and 0.04: 0.5."""
     values = torch.tensor([[1.0, 1.0, NAN]], requires_grad=True)
     old, returns = torch.tensor([[0.0, 0.0, NAN]]), torch.tensor([[2.0, 0.0, NAN]])
     mask = ~old.isnan()

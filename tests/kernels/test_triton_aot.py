@@ -21,13 +21,13 @@ def measurements():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     command = [sys.executable, str(SCRIPT), "80", "90", "100"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_no_kernel_spills(measurements):
-    assert len(measurements) == 33
+    assert len(measurements) == 27
     spilled = [m for m in measurements if m["stack"] or m["local"]]
     assert not spilled
 

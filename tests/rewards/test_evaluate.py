@@ -56,23 +56,29 @@ def test_greedy_evaluation_reports_what_the_policy_writes(make_policy, tokenizer
 
 
 def test_several_samples_give_pass_at_k_and_an_error_over_prompts(make_policy, prompts):
-    """Samples of a prompt are scored as a group, so the error must count 4 prompts, not 16 samples."""
+    """Samples of a prompt are no independent evidence, so the error counts 4 prompts and not 16 samples."""
 
-    def even_length(completion_ids):
-        return [float(len(ids) % 2 == 0) for ids in completion_ids]
+    def third(completion_ids):
+        return [float(sum(ids) % 3 == 0) for ids in completion_ids]
 
-    result = evaluate_policy(make_policy(), prompts, even_length, n=4, temperature=1.0, max_new_tokens=8)
-    lengths = torch.tensor([row["tokens"] % 2 == 0 for row in result.samples]).view(4, 4)
-    shares = lengths.float().mean(1)
-    assert result["rewards/even_length/mean"] == pytest.approx(float(shares.mean()))
-    assert result["rewards/even_length/stderr"] == pytest.approx(float(shares.std() / 2))
-    assert result["rewards/even_length/pass@1"] == pytest.approx(float(shares.mean()))
-    assert result["rewards/even_length/pass@4"] == float(lengths.any(1).float().mean())
+    result = evaluate_policy(make_policy(), prompts, third, n=4, temperature=1.0, max_new_tokens=8)
+    right = torch.tensor([row["rewards"]["third"] for row in result.samples]).view(4, 4)
+    shares = right.mean(1)
+    assert 0 < shares.mean() < 1 and shares.std() > 0  # not a test of nothing
+    assert result["rewards/third/mean"] == pytest.approx(float(shares.mean()))
+    assert result["rewards/third/stderr"] == pytest.approx(float(shares.std() / 2))
+    assert result["rewards/third/pass@1"] == pytest.approx(float(shares.mean()))
+    assert result["rewards/third/pass@4"] == float((right > 0).any(1).float().mean())
     assert result["num_completions"] == 16
-    first, second = result.samples[0]["completion"], result.samples[4]["completion"]
-    again = evaluate_policy(make_policy(), prompts, even_length, n=4, temperature=1.0, max_new_tokens=8)
-    assert [r["completion"] for r in again.samples] == [r["completion"] for r in result.samples]
-    assert first != second
+
+
+def test_equal_prompts_get_different_samples_and_a_seed_repeats_them(make_policy, prompts):
+    def texts(**options):
+        result = evaluate_policy(make_policy(), [prompts[0]] * 3, [], temperature=1.0, max_new_tokens=8, **options)
+        return [row["completion"] for row in result.samples]
+
+    assert len(set(texts())) == 3
+    assert texts() == texts(seed=0) != texts(seed=1)
 
 
 def test_a_failing_reward_is_reported_and_does_not_stop_the_evaluation(make_policy, prompts):

@@ -71,11 +71,11 @@ def test_names_for_metrics_are_those_of_the_functions_and_distinct():
 
 def test_functions_get_the_columns_they_accept_as_lists_of_their_own():
     def picky(completions, level):
-        completions.clear()
+        completions.clear()  # spoils nobody else's
         return [float(x) for x in level]
 
     def everything(**columns):
-        assert columns["completions"] == TEXTS
+        assert columns["completions"] == ["a", "bb", "ccc"]
         return [float(len(columns))] * 3
 
     table = run(picky, everything, level=(1, 2, 3), other="xyz")
