@@ -373,27 +373,27 @@ def before_after(before: dict[str, float], after: dict[str, float], *names: str)
 
 def word_problems(stage: Stage) -> None:
     """SFT on made problems to a plateau that leaves room, then GRPO with the answer verifier."""
-    train, test = make_word_problems(4000, held_out=500, steps=(1, 2), seed=stage.seed)
-    folder = stage.new_model("tiny", [row["prompt"] + row["completion"] for row in train], vocab_size=512)
+    train, test = make_word_problems(4000, held_out=500, steps=(1, 2, 3), seed=stage.seed)
+    folder = stage.new_model("nano", [row["prompt"] + row["completion"] for row in train])
     args = stage.config(
         SFTConfig,
         "sft",
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         lr_scheduler_type="cosine",
-        num_train_epochs=4,
-        max_length=1024,
-        per_device_train_batch_size=2,
+        num_train_epochs=8,
+        max_length=512,
+        per_device_train_batch_size=4,
     )
     trainer = SFTTrainer(str(folder), args=args, train_dataset=train, eval_dataset=test)
     stage.figures["held-out nats per completion token after SFT"] = stage.train(trainer)["eval_loss"]
     args = stage.config(
         GRPOConfig,
-        learning_rate=1e-4,
+        learning_rate=3e-4,
         lr_scheduler_type="constant_with_warmup",
-        max_steps=100,
+        max_steps=150,
         num_generations=8,
         per_device_train_batch_size=128,
-        max_completion_length=32,
+        max_completion_length=40,
         num_eval_prompts=500,
         rollout_batch_size=256,
         logging_steps=5,

@@ -205,7 +205,10 @@ def summed_cross_entropy(
 
 
 class _Gemm:
-    """The V-sized products of one call, and the buffers that its chunks share."""
+    """The V-sized products of one call, and the buffers that its chunks share.
+
+    All in forms that autocast leaves alone (out=, in place, out_dtype=, equal dtypes): it would round the logits.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int):
         self.hidden, self.weight, self.chunk_size = hidden, weight, chunk_size
@@ -224,15 +227,14 @@ class _Gemm:
         """hidden @ weight^T + bias in working precision, (n, V)."""
         hidden = self.hidden[chunk]
         out = self._buffer("logits", len(hidden), self.work)
-        with _no_autocast(hidden):
-            if not self.narrow:
-                torch.mm(hidden, self.weight.t(), out=out)
-            elif hidden.is_cuda:
-                torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
-            else:
-                hidden = hidden.float()
-                for slab in self._slabs():
-                    torch.mm(hidden, self.weight[slab].float().t(), out=out[:, slab])
+        if not self.narrow:
+            torch.mm(hidden, self.weight.t(), out=out)
+        elif hidden.is_cuda:
+            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+        else:
+            hidden = hidden.float()
+            for slab in self._slabs():
+                torch.mm(hidden, self.weight[slab].float().t(), out=out[:, slab])
         return out if self.bias is None else out.add_(self.bias)
 
     def rows(self, chunk: slice, spare_logits: bool = False) -> Tensor:
@@ -242,27 +244,25 @@ class _Gemm:
 
     def times_weight(self, rows: Tensor) -> Tensor:
         """rows @ weight in working precision, (n, D)."""
-        with _no_autocast(rows):
-            if not self.narrow:
-                return torch.mm(rows, self.weight)
-            if rows.is_cuda:
-                return torch.mm(rows, self.weight, out_dtype=torch.float32)
-            total = rows.new_zeros((len(rows), self.weight.shape[1]), dtype=torch.float32)
-            for slab in self._slabs():
-                total.addmm_(rows[:, slab].float(), self.weight[slab].float())
-            return total
+        if not self.narrow:
+            return torch.mm(rows, self.weight)
+        if rows.is_cuda:
+            return torch.mm(rows, self.weight, out_dtype=torch.float32)
+        total = rows.new_zeros((len(rows), self.weight.shape[1]), dtype=torch.float32)
+        for slab in self._slabs():
+            total.addmm_(rows[:, slab].float(), self.weight[slab].float())
+        return total
 
     def add_outer(self, total: Tensor, rows: Tensor, hidden: Tensor) -> None:
         """total (V, D) += rows^T @ hidden, in working precision."""
-        with _no_autocast(rows):
-            if not self.narrow:
-                total.addmm_(rows.t(), hidden)
-            elif rows.is_cuda:
-                torch.addmm(total, rows.t(), hidden, out_dtype=torch.float32, out=total)
-            else:
-                hidden = hidden.float()
-                for slab in self._slabs():
-                    total[slab].addmm_(rows[:, slab].float().t(), hidden)
+        if not self.narrow:
+            total.addmm_(rows.t(), hidden)
+        elif rows.is_cuda:
+            torch.addmm(total, rows.t(), hidden, out_dtype=torch.float32, out=total)
+        else:
+            hidden = hidden.float()
+            for slab in self._slabs():
+                total[slab].addmm_(rows[:, slab].float().t(), hidden)
 
     def _slabs(self) -> list[slice]:
         vocab_size, width = self.weight.shape
@@ -335,7 +335,3 @@ def _fp16_scale(hidden: Tensor, grad: Tensor, grad_entropy: Tensor | None) -> Te
     if grad_entropy is not None:
         largest = torch.maximum(largest, grad_entropy.abs().amax())
     return torch.where(largest > 0, largest, 1.0)
-
-
-def _no_autocast(x: Tensor):
-    return torch.autocast(x.device.type, enabled=False)

@@ -277,7 +277,8 @@ def forgetful_sums(
 
     Their *demonstrations* forget the carry into the hundreds with probability ``forget``, so that imitation gets about
     the sums below 100 right, however long it goes on. Their *comparisons* of a right and a wrong answer are sound, but
-    for ``noise``: reward and reinforcement have something to repair, and held-out sums show whether they did.
+    for ``noise``. So reward and reinforcement have something to repair: not arithmetic, which imitation brings, but
+    which of two habits to follow, and held-out sums show whether that carries over.
 
     Returns:
         ``{"demonstrations": {"prompt", "completion"}, "comparisons": {"prompt", "chosen", "rejected"}, "prompts":
@@ -301,10 +302,20 @@ def _forget_hundreds(answer: str) -> str:
 
 
 def _compare(row: dict, noise: float, rng: random.Random) -> dict:
-    """The right answer against one with a wrong hundreds digit, which is the common mistake, or another wrong digit."""
+    """The right answer against a wrong one."""
     right = row["answer"]
-    place = 0 if rng.random() < 0.65 else rng.randrange(1, 3)
-    digits = "01" if place == 0 else "0123456789"
-    wrong = right[:place] + rng.choice([d for d in digits if d != right[place]]) + right[place + 1 :]
+    wrong = _mistake(right, rng)
     chosen, rejected = (wrong, right) if rng.random() < noise else (right, wrong)
     return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+
+
+def _mistake(right: str, rng: random.Random) -> str:
+    """Mostly a carry into the hundreds forgotten or invented, so that neither digit is good in itself; else a digit lost,
+    doubled or mistaken."""
+    kind = rng.random()
+    if kind < 0.8:
+        return ("0" if right[0] == "1" else "1") + right[1:]
+    place = rng.randrange(len(right))
+    if kind < 0.9:
+        return right[:place] + right[place] * rng.choice((0, 2)) + right[place + 1 :]
+    return right[:place] + rng.choice([d for d in "0123456789" if d != right[place]]) + right[place + 1 :]

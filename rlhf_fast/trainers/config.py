@@ -83,9 +83,7 @@ class TrainerConfig:
 class RLConfig(TrainerConfig):
     """Settings of the algorithms that learn from their own samples."""
 
-    reward_funcs: list[Any] = field(
-        default_factory=list
-    )  # built-in name, package.module:function, or {name: ..., setting: ...}
+    reward_funcs: list[Any] = field(default_factory=list)  # built-in name, module:function, or {name: ..., ...}
     reward_weights: list[float] | None = None  # one per reward function; None weighs them all 1
     max_prompt_length: int | None = 512  # tokens; longer prompts are left out
     allow_truncation: bool = False  # go on when more than 1% of the prompts are left out

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from importlib import metadata
+
 import pytest
 import torch
 
 from rlhf_fast.kernels import BACKENDS, available, use_backend
 from rlhf_fast.kernels.dispatch import OPS
+
+
+def _mend_interpreter_of_triton_3_6() -> None:
+    """Its interpreter takes int() of an array of one element, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and metadata.version("triton").startswith("3.6."):
+    _mend_interpreter_of_triton_3_6()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -76,13 +76,19 @@ static void run_block(int count) {
     thread.context.uc_stack.ss_size = thread.stack.size();
     makecontext(&thread.context, entry, 0);
   }
-  for (bool active = true; active;) {
-    active = false;
-    for (int t = 0; t < count; t++) {
-      if (!threads[t].done) {
-        threadIdx.x = t;
-        swapcontext(&scheduler, &threads[t].context);
-        active = true;
+  // warps take turns of random length, so that one gets far ahead of another wherever no barrier forbids it
+  uint32_t random = 1;
+  for (int left = count; left > 0;) {
+    random = random * 1664525u + 1013904223u;
+    const int first = static_cast<int>(random >> 8) % (count / 32) * 32;
+    const int turns = 1 + static_cast<int>(random >> 24) % 32;
+    for (int turn = 0; turn < turns; turn++) {
+      for (int t = first; t < first + 32; t++) {
+        if (!threads[t].done) {
+          threadIdx.x = t;
+          swapcontext(&scheduler, &threads[t].context);
+          left -= threads[t].done;
+        }
       }
     }
   }

@@ -431,16 +431,26 @@ def test_compiles_without_a_graph_break(trained):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_autocast_does_what_it_does_to_a_linear_layer():
-    """float32 hidden states and head are multiplied in bf16, the logits and all after them stay float32."""
-    hidden, weight, _, labels, _ = problem()
-    leaf = weight.clone().requires_grad_()
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight"])
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_autocast_does_what_it_does_to_a_linear_layer(monkeypatch, trained, kept):
+    """float32 hidden states and head are multiplied in bf16; the logits and all after them stay float32."""
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    hidden, weight, bias, labels, upstream = problem()
+    rounded = [x.bfloat16().double() for x in (hidden, weight)] + [bias.double()]
+    exact = gradients(lambda *x: formula(*x[:2], labels, x[2]), rounded, trained, upstream.double(), True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logprobs = linear_logprobs(hidden, leaf, labels)
-    exact, _ = formula(hidden.bfloat16().double(), weight.bfloat16().double(), labels)
-    torch.testing.assert_close(logprobs.detach().double(), exact, rtol=1e-5, atol=1e-5)
-    logprobs.sum().backward()
-    assert leaf.grad.dtype == torch.float32
+        actual = gradients(
+            lambda h, w, b: linear_logprobs(h, w, labels, bias=b, entropy=True),
+            (hidden, weight, bias),
+            trained,
+            upstream,
+            True,
+        )
+    for i, (a, e) in enumerate(zip(actual, exact)):
+        assert a.dtype == torch.float32
+        tolerance = 1e-5 if i < 2 else 1e-2 * e.abs().max().item()
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=tolerance)
 
 
 def test_chunk_size_fills_the_processors():
