@@ -15,7 +15,7 @@ from rlhf_fast.kernels import linear_cross_entropy, linear_logprobs
 from rlhf_fast.kernels.linear_logprobs import chunked
 from rlhf_fast.kernels.registry import IMPLEMENTATIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN in Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN and log(0) in its interpreter
 FAMILY = "linear_logprobs"
 # by name, as the door's function hides the module of the same name
 FAMILY_MODULE = sys.modules["rlhf_fast.kernels.linear_logprobs"]
@@ -173,6 +173,29 @@ def test_no_rows_and_one_row(backend, device, shape):
     torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=1e-5)
     assert x.grad.shape == hidden.shape and w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 20])
+def test_masked_words_and_tiny_vocabularies(backend, device, no_worse, vocab_size):
+    """A bias of -inf masks half of 20 words, and one of 2; a lone word has logprob 0 and no gradient."""
+    *leaves, labels, upstream = problem(vocab_size=vocab_size, device=device)
+    masked = vocab_size // 2
+    leaves[2][:masked] = float("-inf")
+    labels[labels != IGNORED] = vocab_size - 1
+
+    def reduced(h, w, b):
+        """Without the masked words, whose gradients are 0."""
+        shifted = torch.where(labels == IGNORED, labels, labels - masked)
+        return formula(h, w[masked:], shifted, b[masked:])
+
+    for trained in ("hidden", "hidden weight bias"):
+        actual = gradients(
+            lambda h, w, b: linear_logprobs(h, w, labels, bias=b, entropy=True), leaves, trained, upstream, True
+        )
+        plain = gradients(reduced, leaves, trained, upstream, True)
+        exact = gradients(reduced, [x.double() for x in leaves], trained, upstream.double(), True)
+        for a, p, e in zip(actual, plain, exact):
+            no_worse(a, p, e)
 
 
 def test_all_labels_ignored_gives_zero_with_a_gradient(backend, device):

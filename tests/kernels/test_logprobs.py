@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 from rlhf_fast.kernels import sequence_logprobs, token_logprobs, use_backend
 from rlhf_fast.kernels.registry import IMPLEMENTATIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN in Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN and log(0) in its interpreter
 FAMILY = "logprobs"
 IGNORED = -100
 
