@@ -103,12 +103,12 @@ def _sft(out: Path, train: dict, held_out: list, seed: int, reward: str, quiet: 
         output_dir=str(out / "sft"),
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
-        max_steps=400,
-        per_device_train_batch_size=5,
+        max_steps=600,
+        per_device_train_batch_size=4,
         max_length=256,
         seed=seed,
         quiet=quiet,
-        **{**COMMON, "logging_steps": 50},
+        **{**COMMON, "logging_steps": 100},
     )
     trainer = SFTTrainer(str(out / "base"), args=config, train_dataset=train["demonstrations"])
     _finish(trainer)

@@ -265,7 +265,8 @@ def test_a_saved_config_reads_back_equal(tmp_path_factory, **values):
     assert parse("--config", str(path)) == config
 
 
-def test_help_shows_meaning_type_and_default_grouped_by_class(capsys):
+def test_help_shows_meaning_type_and_default_grouped_by_class(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as stopped:
         parse("--steps", "1", "--help")
     assert stopped.value.code == 0
