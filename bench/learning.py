@@ -73,19 +73,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "ppo": {
         **SAMPLING,
-        "max_steps": 80,
+        "max_steps": 160,
         "per_device_train_batch_size": 256,
-        "num_ppo_epochs": 2,
+        "num_ppo_epochs": 4,
         "kl_coef": 0.05,
-        "logging_steps": 2,
+        "logging_steps": 4,
     },
 }
 BOTH = {"warmup": 0.03, "weight_decay": 0.0, "max_grad_norm": 1.0, "dtype": "float32"}
-FROZEN_KL_COEF = 20.0
-# ours alone: what a high price of KL must freeze, and what a reward of noise must not teach
+NOISE = "random reward"
+# same settings but for one: a high price of KL must freeze the policy, a reward of noise must teach nothing, and a critic
+# that is trained alone, on a policy that holds still, must come to explain the returns
 CONTROLS: dict[str, dict[str, dict[str, Any]]] = {
-    "ppo": {f"kl_coef {FROZEN_KL_COEF:g}": {"kl_coef": FROZEN_KL_COEF}, "random reward": {"reward_funcs": ["random"]}},
-    "grpo": {"random reward": {"reward_funcs": ["random"]}},
+    "ppo": {"kl_coef 20": {"kl_coef": 20.0}, NOISE: {}, "critic alone": {"critic_warmup_steps": 160}},
+    "grpo": {NOISE: {}},
 }
 
 
@@ -157,6 +158,8 @@ def run_stage(lab: Lab, stage: str) -> dict[str, Any]:
         runs[name] = train_ours(lab, stage, name, changes)
     if lab.peers == "trl" and stage != "ppo":  # TRL 1.16 has no PPO
         runs["TRL"] = train_trl(lab, stage)
+        if stage == "grpo":
+            runs[f"TRL, {NOISE}"] = train_trl(lab, stage, NOISE)
     figures = {side: JUDGES[stage](lab, run.folder) for side, run in runs.items()}
     if stage != "reward":  # whose head is new
         figures["start"] = JUDGES[stage](lab, lab.start(stage))
@@ -178,25 +181,24 @@ def run_stage(lab: Lab, stage: str) -> dict[str, Any]:
 
 def train_ours(lab: Lab, stage: str, name: str = "", changes: dict[str, Any] | None = None) -> Run:
     out = lab.ours / "-".join([stage, *name.split()])
-    settings = {**SETTINGS[stage], **(changes or {})}
-    if stage in ("ppo", "grpo"):
-        settings.setdefault("reward_funcs", ["answer"] if stage == "grpo" else [str(lab.ours / "reward")])
-        settings["reward_funcs"] = [
-            {"name": "random", "seed": lab.seed} if f == "random" else f for f in settings["reward_funcs"]
-        ]
-    if stage == "ppo" and "reward_funcs" not in (changes or {}):
-        settings |= {"reward_funcs": [], "reward_model_path": str(lab.ours / "reward")}
+    rewards: dict[str, Any] = {}
+    if stage == "grpo" or name == NOISE:
+        rewards = {"reward_funcs": [reward_spec(lab, name)]}
+    elif stage == "ppo":
+        rewards = {"reward_model_path": str(lab.ours / "reward")}
     config = getattr(rlhf_fast, f"{TRAINERS[stage]}Config")(
         output_dir=str(out),
         seed=lab.seed,
         gradient_checkpointing=False,
         quiet=True,
         save_steps=1_000_000,
+        warmup_ratio=BOTH["warmup"],
         dtype="float32",
         use_peft=stage != "sft",
         **LORA,
         **({"rollout_batch_size": 256} if stage in ("ppo", "grpo") else {}),
-        **settings,
+        **rewards,
+        **{**SETTINGS[stage], **(changes or {})},
     )
     trainer = getattr(rlhf_fast, f"{TRAINERS[stage]}Trainer")(
         str(lab.start(stage)), args=config, train_dataset=lab.train[DATA[stage]]
@@ -204,12 +206,12 @@ def train_ours(lab: Lab, stage: str, name: str = "", changes: dict[str, Any] | N
     return timed(trainer, out)
 
 
-def train_trl(lab: Lab, stage: str) -> Run:
+def train_trl(lab: Lab, stage: str, name: str = "") -> Run:
     import trl
     from datasets import Dataset
     from peft import LoraConfig
 
-    out = lab.out / "trl" / stage
+    out = lab.out / "trl" / "-".join([stage, *name.split()])
     config = getattr(trl, f"{TRAINERS[stage]}Config")(
         output_dir=str(out),
         seed=lab.seed,
@@ -230,7 +232,7 @@ def train_trl(lab: Lab, stage: str) -> Run:
         args=config,
         train_dataset=Dataset.from_list(lab.train[DATA[stage]]),
         **({} if stage == "sft" else {"peft_config": lora}),
-        **({"reward_funcs": verifier} if stage == "grpo" else {}),
+        **({"reward_funcs": trl_reward(reward_spec(lab, name))} if stage == "grpo" else {}),
     )
     run = timed(trainer, out)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -243,9 +245,18 @@ def peft_names(lora: dict[str, int]) -> dict[str, Any]:
     return {"r": lora["lora_r"], "lora_alpha": lora["lora_alpha"], "target_modules": "all-linear"}
 
 
-def verifier(completions: list, **columns: Any) -> list[float]:
-    """Our built-in answer verifier, as TRL wants a reward: with a ``__name__``."""
-    return resolve("answer")(completions=completions, **columns)
+def reward_spec(lab: Lab, name: str) -> Any:
+    return {"name": "random", "seed": lab.seed} if name == NOISE else "answer"
+
+
+def trl_reward(spec: Any) -> Any:
+    """One of our built-in rewards as TRL wants it: a plain function with a name."""
+    function = resolve(spec)
+
+    def reward(completions: list, **columns: Any) -> list:
+        return function(completions=completions, **columns)
+
+    return reward
 
 
 def timed(trainer: Any, folder: Path) -> Run:
@@ -287,7 +298,8 @@ def judge_ppo(lab: Lab, folder: Path) -> dict[str, Any]:
 def judge_reward(lab: Lab, folder: Path) -> dict[str, Any]:
     """Held-out pairs with true labels: how often the better answer scores higher. A tie counts as half."""
     examples = [e for pair in lab.pairs for e in pair.responses]
-    scores = trl_scores(folder, examples) if "trl" in folder.parts[len(lab.out.parts) :] else our_scores(folder, examples)
+    ours = (folder / "adapter_config.json").is_file()  # TRL's is merged into a sequence classifier
+    scores = our_scores(folder, examples) if ours else trl_scores(folder, examples)
     chosen, rejected = scores.double().view(-1, 2).unbind(1)
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     return {"pair accuracy": mean_and_error(right)}
@@ -344,9 +356,10 @@ def machine() -> dict[str, str]:
 
 
 def table(stage: str, result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    sides = [s for s in ("start", "ours", "TRL", *CONTROLS.get(stage, {})) if s in result["figures"]]
+    order = ("start", "ours", "TRL", *CONTROLS.get(stage, {}), f"TRL, {NOISE}")
+    sides = [side for side in order if side in result["figures"]]
     metrics = list(dict.fromkeys(m for side in sides for m in result["figures"][side]))
-    header = ["metric", *("base model" if s == "start" and stage == "sft" else "SFT" if s == "start" else s for s in sides)]
+    header = ["metric", *({"start": "base model" if stage == "sft" else "SFT"}.get(s, s) for s in sides)]
     return header, [[m, *(cell(result["figures"][s].get(m)) for s in sides)] for m in metrics]
 
 

@@ -13,7 +13,19 @@ _LAZY = {
     for kind in ("Trainer", "Config")
 }
 
-__all__ = ["__version__", *_LAZY]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

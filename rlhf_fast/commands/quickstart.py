@@ -52,7 +52,9 @@ def run(out: Path, seed: int = 0, reward: str = "learned", quiet: bool = False) 
 
     logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # matrices this small gain nothing from a second, and lose all when it must share a core
+        torch.set_num_threads(
+            1
+        )  # matrices this small gain nothing from a second, and lose all when it must share a core
     began = time.perf_counter()
     out = _fresh(out)
     train, held_out = forgetful_sums(held_out=HELD_OUT, seed=seed)
@@ -83,7 +85,9 @@ def run(out: Path, seed: int = 0, reward: str = "learned", quiet: bool = False) 
         [f["accuracy"] for f in policies.values()],
         [f["accuracy_stderr"] for f in policies.values()],
     )
-    print(f"\ncomparisons the reward model orders rightly: {results['reward']['accuracy_pairs']:.1%} of {HELD_OUT} held out")
+    print(
+        f"\ncomparisons the reward model orders rightly: {results['reward']['accuracy_pairs']:.1%} of {HELD_OUT} held out"
+    )
     print(f"plots: {bars} and {out}/*/plots/   data: {out / 'data'}   total: {time.perf_counter() - began:.0f} s")
     print(f'next:  rlhf-fast generate {out / "grpo"} --prompt "37+85="')
     return results

@@ -251,7 +251,8 @@ class Policy(nn.Module):
                 f"only a policy exports to a causal LM folder; this is a {self.role} model with a scalar head"
             )
         model = self.adapters.merged(self.role) if self.adapters.names else self.model
-        with generation_attention(model, self.native_attention):  # no trace of our attention's name in the written config
+        # no trace of our attention's name in the written config
+        with generation_attention(model, self.native_attention):
             model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -28,6 +28,7 @@ def evaluate_policy(
     prompts: Sequence[Prompt],
     reward_funcs: Any,
     *,
+    reward_weights: Sequence[float] | None = None,
     n: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -45,12 +46,13 @@ def evaluate_policy(
         policy: the Policy.
         prompts: held-out prompts, with the columns that the reward functions need.
         reward_funcs: functions or their specs (see ``resolve``); may be empty.
+        reward_weights: one per function; None weighs them all 1.
         n: samples per prompt; more than one needs a temperature.
         seed: of the sampling; prompt i draws from a stream of its own.
         progress: called with the number of completions so far.
 
     Returns:
-        ``reward`` (all functions summed) and ``rewards/<function>/mean`` with their ``stderr`` over prompts, ``pass@k`` of
+        ``reward`` (the weighted sum of all functions) and ``rewards/<function>/mean`` with their ``stderr`` over prompts, ``pass@k`` of
         functions that say only 0 or 1, ``eos_rate``, ``completions/mean_length`` in tokens, and speed.
     Raises:
         UserError: no prompts, greedy with n > 1, or a column that a reward function needs is missing.
@@ -73,7 +75,7 @@ def evaluate_policy(
     asked = [prompt.prompt for prompt in prompts for _ in range(n)]
     texts = decode(samples, policy.tokenizer)
     table = score(functions, names, asked, completions_for(asked, texts), [s.ids for s in samples], columns)
-    evaluation = Evaluation(_reward_metrics(table, n) | _text_metrics(samples, seconds))
+    evaluation = Evaluation(_reward_metrics(table, n, reward_weights) | _text_metrics(samples, seconds))
     evaluation.messages = table.messages
     evaluation.samples = _rows(asked, texts, samples, table, columns)
     return evaluation
@@ -96,10 +98,11 @@ def _columns(prompts: Sequence[Prompt], n: int) -> dict[str, list[Any]]:
     return {**columns, "prompt_ids": [p.input_ids for p in prompts for _ in range(n)]}
 
 
-def _reward_metrics(table: RewardTable, n: int) -> dict[str, float]:
+def _reward_metrics(table: RewardTable, n: int, weights: Sequence[float] | None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if table.names:
-        metrics |= {"reward": _mean(table.total()), "reward/stderr": _standard_error(table.total(), n)}
+        total = table.total(weights)
+        metrics |= {"reward": _mean(total), "reward/stderr": _standard_error(total, n)}
     for name, values in zip(table.names, table.values.T):
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/stderr"] = _standard_error(values, n)

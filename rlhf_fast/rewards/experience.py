@@ -42,7 +42,9 @@ class ScoredRollouts:
         self.engine, self.policy = engine, policy
         self.functions, self.names, self.weights = list(functions), list(names), weights
         if weights is not None and len(weights) != len(self.names):
-            raise UserError(f"reward_weights has {len(weights)} entries for the rewards {', '.join(names)}; give one each")
+            raise UserError(
+                f"reward_weights has {len(weights)} entries for the rewards {', '.join(names)}; give one each"
+            )
         self.seconds: dict[str, float] = {}  # of the last call, by what they were spent on
         self._told: set[str] = set()  # faults of reward functions
 

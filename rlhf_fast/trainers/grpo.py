@@ -211,6 +211,7 @@ class GRPOTrainer(Trainer):
             self.policy,
             self.eval_records[: a.num_eval_prompts],
             self.rollouts.functions,
+            reward_weights=a.reward_weights,
             max_new_tokens=a.max_completion_length,
             max_batch_size=a.rollout_batch_size,
         )

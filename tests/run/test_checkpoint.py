@@ -138,7 +138,9 @@ def test_numpy_numbers_become_plain_ones(tmp_path):
     assert same(back, {"i": 3, "f": 0.5})
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"x", np.zeros(2), torch.zeros(2).to_sparse()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, b"x", np.zeros(2), torch.zeros(2).to_sparse()], ids=lambda value: type(value).__name__
+)
 def test_what_cannot_be_stored_is_named_with_its_place(tmp_path, value):
     with pytest.raises(TypeError, match=r"state\['optimizer'\]\[0\]"):
         save_checkpoint(tmp_path, 1, {"optimizer": [value]}, keep=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -48,11 +50,12 @@ def letters(completions, **_):
     return [float(len(set(c))) for c in completions]
 
 
-def grpo(make, scripted, **settings):
+def grpo(make, scripted, loss_type="dapo", **settings):
     """Two prompts of four responses in a window; the last window has one prompt."""
     script = {f"{i}+": WORDS[i : i + 3] + ["cut!"] for i in range(3)}
     rows = [{"prompt": p} for p in script]
-    args = GRPOConfig(num_generations=4, num_iterations=2, beta=0.1, mask_truncated_completions=True, **settings)
+    settings |= {"num_generations": 4, "num_iterations": 2, "beta": 0.1, "mask_truncated_completions": True}
+    args = GRPOConfig(loss_type=loss_type, **settings)
     return make(GRPOTrainer, args, rows, reward_funcs=letters, engine=scripted(script))
 
 
@@ -64,6 +67,8 @@ def ppo(make, scripted, **settings):
 
 
 ALGORITHMS = {"sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo, "ppo": ppo}
+# losses with other denominators
+ALGORITHMS |= {f"grpo {loss}": functools.partial(grpo, loss_type=loss) for loss in ("grpo", "dr_grpo")}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -77,13 +82,13 @@ def test_how_a_window_is_split_changes_nothing(name, lora, sgd, make_model, toke
             make_model(), args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft, **more
         )
 
-    more = {"scripted": scripted} if name in ("grpo", "ppo") else {}
+    more = {"scripted": scripted} if name[:4] in ("grpo", "ppo") else {}
     results = []
     for size in (8, 2, 1):
         split = settings(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, learning_rate=0.02)
         results.append(run(ALGORITHMS[name](make, **more, **split)))
     whole, *splits = results
-    assert len(whole.losses) == {"sft": 2, "reward": 2, "dpo": 2, "grpo": 4, "ppo": 4}[name]
+    assert len(whole.losses) == {"sft": 2, "reward": 2, "dpo": 2, "grpo": 4, "ppo": 4}[name.split()[0]]
     for split in splits:
         assert split.losses == pytest.approx(whole.losses, abs=1e-6, rel=1e-6)
         for got, want in zip(split.steps, whole.steps):

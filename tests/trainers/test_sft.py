@@ -37,7 +37,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_completion_tokens(packing, traine
     logprobs = torch.cat([plain(copy.deepcopy(model), *tokens(row, ids)) for row in ROWS])
     got = run(trainer(model, packing=packing)).losses[0]
     assert len(logprobs) == sum(len(row["completion"]) + 1 for row in ROWS)
-    assert got == pytest.approx(float(-logprobs.double().mean()), abs=1e-5)
+    assert got == pytest.approx(float(-logprobs.detach().double().mean()), abs=1e-5)
 
 
 def test_the_step_is_that_of_plain_transformers(sgd, trainer, model, plain, ids, run):
@@ -58,7 +58,7 @@ def test_prompts_are_trained_only_on_request(trainer, model, plain, ids, run):
     whole = [[*p, *c] for p, c in (tokens(row, ids) for row in ROWS)]
     want = -torch.cat([plain(twin, w[:1], w[1:]) for w in whole]).mean()
     got = run(trainer(model, completion_only_loss=False)).losses[0]
-    assert got == pytest.approx(float(want), abs=1e-5)
+    assert got == pytest.approx(float(want.detach()), abs=1e-5)
 
 
 def test_in_conversations_the_assistant_is_trained_unless_all_is_asked_for(trainer, make_model, run, tokenizer):
@@ -78,7 +78,7 @@ def test_weights_scale_tokens_and_their_share_of_the_mean(trainer, model, plain,
     total = sum(w * len(l) for w, l in zip(weights, logprobs))
     want = -sum(w * l.sum() for w, l in zip(weights, logprobs)) / total
     got = run(trainer(model, [{**row, "weight": w} for row, w in zip(ROWS, weights)])).losses[0]
-    assert got == pytest.approx(float(want), abs=1e-5)
+    assert got == pytest.approx(float(want.detach()), abs=1e-5)
 
 
 def test_tiny_weights_do_not_shrink_the_loss(trainer, make_model, run):
@@ -100,8 +100,8 @@ def test_accuracy_entropy_and_evaluation_are_those_of_the_logits(trainer, model,
     made.args.per_device_train_batch_size = 2
     figures = made.evaluate()
     assert figures["eval_mean_token_accuracy"] == pytest.approx(float(torch.cat(rights).float().mean()), abs=1e-6)
-    assert figures["eval_entropy"] == pytest.approx(float(torch.cat(entropies).mean()), abs=1e-5)
-    assert figures["eval_loss"] == pytest.approx(float(-torch.cat(logprobs).mean()), abs=1e-5)
+    assert figures["eval_entropy"] == pytest.approx(float(torch.cat(entropies).detach().mean()), abs=1e-5)
+    assert figures["eval_loss"] == pytest.approx(float(-torch.cat(logprobs).detach().mean()), abs=1e-5)
     made.args.per_device_train_batch_size = 8
     step = run(made).steps[0]
     assert step["mean_token_accuracy"] == pytest.approx(figures["eval_mean_token_accuracy"], abs=1e-6)
@@ -111,5 +111,6 @@ def test_accuracy_entropy_and_evaluation_are_those_of_the_logits(trainer, model,
 def test_a_few_steps_learn_the_rows_by_heart(tokenizer, model, settings, run):
     args = SFTConfig(**settings(learning_rate=1e-2, max_steps=40, max_length=64, gradient_checkpointing=True))
     result = run(SFTTrainer(model, args, train_dataset=ROWS, processing_class=tokenizer))
-    assert result.losses[-1] < 0.05 < 1 < result.losses[0]
+    assert result.losses[0] > 1.0
+    assert result.losses[-1] < 0.05
     assert result.steps[-1]["mean_token_accuracy"] == 1.0

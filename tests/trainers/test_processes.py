@@ -1,0 +1,133 @@
+"""Two processes that share every window make the steps of one process with the whole of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+RUNNER = Path(__file__).with_name("processes.py")
+WORDS = ["a", "hello", "to be", "x+y=z", "no", "seventeen", "q", "well, well", "ok", "end.", "i"]
+EXAMPLES = [{"prompt": f"{i} ", "completion": w} for i, w in enumerate(WORDS)]
+PROMPTS = [{"prompt": f"{i} "} for i in range(3)]
+
+
+def cases(folder: Path, model: Path, processes: int) -> dict:
+    """The same global batch: 8 examples, or 2 groups of 4 responses. The last windows are ragged or a single row."""
+    common = {"quiet": True, "logging_steps": 1, "learning_rate": 1e-3, "lora_r": 4, "num_train_epochs": 1}
+    sft = {"packing": False, "per_device_train_batch_size": 8 // processes // 2, "gradient_accumulation_steps": 2}
+    grpo = {"num_generations": 4, "num_iterations": 2, "beta": 0.1, "max_completion_length": 5}
+    grpo |= {"per_device_train_batch_size": 8 // processes, "gradient_checkpointing": False, "max_steps": 4}
+    ppo = {"num_ppo_epochs": 2, "kl_target": 1.0, "kl_horizon": 10, "max_completion_length": 5}
+    ppo |= {"per_device_train_batch_size": 8 // processes}
+    table = {
+        "sft full": ("sft", EXAMPLES, sft),
+        "sft lora": ("sft", EXAMPLES, {**sft, "use_peft": True}),
+        "grpo full": ("grpo", PROMPTS, grpo),
+        "grpo lora": ("grpo", PROMPTS, {**grpo, "use_peft": True}),
+        # 9 rows: a last window with fewer rows than processes; PPO whitens by process, so it is only seen to run
+        "sft one row": ("sft", EXAMPLES[:9], sft),
+        "ppo lora": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "use_peft": True}),
+    }
+    return {
+        name: {
+            "kind": kind,
+            "model": str(model),
+            "rows": rows,
+            "settings": {**common, **more, "output_dir": str(folder / name.replace(" ", "-"))},
+        }
+        for name, (kind, rows, more) in table.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, tokenizer):
+    """{name: (one process, rank 0 of two, rank 1 of two)}"""
+    folder = tmp_path_factory.mktemp("processes")
+    _save_model(folder / "model", tokenizer)
+    workers = []
+    for processes in (1, 2):
+        path = folder / f"cases-of-{processes}.json"
+        path.write_text(json.dumps(cases(folder / str(processes), folder / "model", processes)))
+        workers += _start(path, processes)
+    try:
+        said = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [w.returncode for w in workers] == [0, 0, 0], "\n".join(said)
+    notes = [folder / f"cases-of-{n}.rank{rank}" for n, rank in ((1, 0), (2, 0), (2, 1))]
+    parts = [json.loads(path.read_text()) for path in notes]
+    return {name: [part[name] for part in parts] for name in parts[0]}
+
+
+def _start(path: Path, processes: int) -> list[subprocess.Popen]:
+    """One training: a plain process, or several started as torchrun starts them."""
+    common = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUNNER.parents[2])}
+    ranks = [{}]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    command = [sys.executable, str(RUNNER), str(path)]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen(command, env=common | rank, **output) for rank in ranks]
+
+
+def _save_model(folder, tokenizer):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
+    config = Qwen2Config(
+        **sizes, vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=None, tie_word_embeddings=False
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["sft full", "sft lora", "grpo full", "grpo lora"])
+def test_two_processes_make_the_steps_of_one(name, results):
+    one, two, _ = results[name]
+    kept = (
+        "loss",
+        "grad_norm",
+        "reward",
+        "kl",
+        "entropy",
+        "mean_token_accuracy",
+        "completions/mean_length",
+        "eval_loss",
+    )
+    assert len(one["steps"]) == len(two["steps"])
+    for alone, shared in zip(one["steps"], two["steps"]):
+        figures = {k: v for k, v in alone.items() if k in kept}
+        assert {k: shared[k] for k in figures} == pytest.approx(figures, abs=1e-5, rel=1e-5)
+    assert any(s["loss"] != one["steps"][0]["loss"] for s in one["steps"] if "loss" in s)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
+
+
+def test_all_ranks_end_with_the_same_weights(results):
+    for name, (_, first, second) in results.items():
+        assert first["weights"] == second["weights"], name
+
+
+def test_a_last_window_with_fewer_rows_than_processes_is_filled_up(results):
+    one, two, _ = results["sft one row"]
+    assert [s["step"] for s in one["steps"]] == [s["step"] for s in two["steps"]]
+
+
+def test_the_kl_controller_is_one_for_all_ranks(results):
+    """It adapts to the responses of all processes: after the first batch it is where one process has it."""
+    one, two, _ = results["ppo lora"]
+    coefficients = [[s["objective/kl_coef"] for s in r["steps"] if "objective/kl_coef" in s] for r in (one, two)]
+    assert abs(coefficients[0][1] / coefficients[0][0] - 1) > 0.01
+    assert coefficients[1] == pytest.approx(coefficients[0], rel=1e-4)

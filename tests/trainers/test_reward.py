@@ -1,0 +1,141 @@
+"""Reward modelling: Bradley-Terry with margins and centring on pairs, Plackett-Luce on rankings."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from rlhf_fast import RewardConfig, RewardTrainer
+from rlhf_fast.data.batch import Example, TokenBatch
+from rlhf_fast.models import load
+from rlhf_fast.models.adapters import lora_config
+
+PAIRS = [
+    {"prompt": "1+1=", "chosen": "2", "rejected": "seventeen", "margin": 0.5},
+    {"prompt": "name ", "chosen": "a longer one", "rejected": "no", "margin": 0.0},
+    {"prompt": "x", "chosen": "y", "rejected": "z", "margin": 2.0},
+]
+RANKINGS = [
+    {"prompt": "1+1=", "responses": ["two", "2", "3"], "ranking": [2, 1, 3]},
+    {"prompt": "name ", "responses": ["b", "c"], "ranking": [2, 1]},
+    {"prompt": "x", "responses": ["y", "z", "y z"], "ranking": [1, 2, 3]},
+]
+BEST_FIRST = [("1+1=", ["2", "two", "3"]), ("name ", ["c", "b"]), ("x", ["y", "z", "y z"])]
+
+
+@pytest.fixture
+def trainer(tokenizer, settings):
+    def make(model, rows, peft=None, **more):
+        args = RewardConfig(**settings(**more))
+        return RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft)
+
+    return make
+
+
+@pytest.fixture
+def score(ids):
+    """score(trainer, prompt, response): by transformers alone, one sequence at a time, at the last token (<eos>)."""
+
+    def at_the_last_token(trainer, prompt, response):
+        body = copy.deepcopy(trainer.policy.model).get_decoder()
+        body.set_attn_implementation("eager")
+        hidden = body(torch.tensor([ids(prompt) + ids(response, end=True)])).last_hidden_state[0, -1]
+        head = trainer.policy.heads["reward"]
+        return float(hidden.double().detach() @ head.weight.double().detach() + head.bias.double().detach())
+
+    return at_the_last_token
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+@pytest.fixture
+def shaken():
+    """A head that tells responses apart: a fresh one scores about 0."""
+
+    def shake(trainer):
+        torch.nn.init.normal_(trainer.policy.heads["reward"].weight, std=0.5)
+        torch.nn.init.constant_(trainer.policy.heads["reward"].bias, 0.7)
+        return trainer
+
+    return shake
+
+
+def test_a_pairs_loss_has_the_margin_inside_and_the_centring_outside(trainer, model, score, shaken, run):
+    made = shaken(trainer(model, PAIRS, center_rewards_coefficient=0.3))
+    want, rights, margins, means = 0.0, 0, 0.0, 0.0
+    for row in PAIRS:
+        w, l = (score(made, row["prompt"], row[which]) for which in ("chosen", "rejected"))
+        want += (-log_sigmoid(w - l - row["margin"]) + 0.3 * (w + l) ** 2) / 3
+        rights, margins, means = rights + (w > l) / 3, margins + (w - l) / 3, means + (w + l) / 6
+    step = run(made).steps[0]
+    assert step["loss"] == pytest.approx(want, abs=1e-5)
+    assert (step["accuracy"], step["margin"], step["mean_reward"]) == pytest.approx((rights, margins, means), abs=1e-5)
+    assert 0.1 < abs(step["margin"])
+
+
+def test_rankings_have_the_plackett_luce_loss_and_pairs_among_them_that_of_pairs(trainer, model, score, shaken, run):
+    """The best of what is left wins each time; accuracy is the share of a row's pairs in the right order."""
+    made = shaken(trainer(model, RANKINGS, center_rewards_coefficient=0.3))
+    want, accuracy = 0.0, 0.0
+    for prompt, responses in BEST_FIRST:
+        s = [score(made, prompt, r) for r in responses]
+        for k in range(len(s) - 1):
+            want += (math.log(sum(map(math.exp, s[k:]))) - s[k]) / 3
+        if len(s) == 2:
+            want += 0.3 * sum(s) ** 2 / 3
+        pairs = [(i, j) for i in range(len(s)) for j in range(i + 1, len(s))]
+        accuracy += sum(s[i] > s[j] for i, j in pairs) / len(pairs) / 3
+    step = run(made).steps[0]
+    assert step["loss"] == pytest.approx(want, abs=1e-5)
+    assert step["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_a_short_ranking_in_the_first_row_hides_no_pairs_of_the_others(trainer, make_model, shaken, run):
+    """The order of the rows changes no figure."""
+    figures = []
+    for rows in (RANKINGS, [RANKINGS[1], RANKINGS[0], RANKINGS[2]]):
+        torch.manual_seed(3)
+        made = trainer(make_model(), rows)
+        torch.manual_seed(3)
+        step = run(shaken(made)).steps[0]
+        figures.append([step[k] for k in ("loss", "accuracy", "margin", "mean_reward")])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_saved_reward_model_gives_the_same_scores(lora, trainer, make_model, tokenizer, run, tmp_path, ids):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    peft = lora_config(r=4, alpha=8) if lora else None
+    made = trainer(str(tmp_path / "base"), PAIRS, peft, num_train_epochs=3, learning_rate=1e-2)
+    run(made)
+    sequences = [ids(p) + ids(r, end=True) for p, responses in BEST_FIRST for r in responses]
+    probe = TokenBatch.pack([Example(s, [False] + [True] * (len(s) - 1)) for s in sequences])
+    with torch.no_grad():
+        want = made.policy.eval().scores(probe)
+        again = load(made.args.output_dir).scores(probe)
+    assert torch.equal(again, want)
+    assert want.std() > 1e-3
+
+
+def test_learning_separates_the_chosen_from_the_rejected(trainer, model, run):
+    result = run(trainer(model, PAIRS, num_train_epochs=30, learning_rate=1e-2))
+    assert result.steps[0]["accuracy"] < 1.0
+    assert result.steps[-1]["accuracy"] == 1.0
+    assert result.steps[-1]["margin"] > 1.0
+
+
+def test_centring_keeps_scores_around_zero(trainer, make_model, shaken, run):
+    """The head starts with a bias of 0.7; only centring has a reason to take it away."""
+    left = []
+    for center in (0.0, 1.0):
+        made = shaken(
+            trainer(make_model(), PAIRS, center_rewards_coefficient=center, num_train_epochs=40, learning_rate=1e-2)
+        )
+        left.append(abs(run(made).steps[-1]["mean_reward"]))
+    assert left[1] < 0.1 * left[0]
