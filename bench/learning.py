@@ -96,6 +96,7 @@ class Lab:
 
     out: Path
     seed: int
+    train_seed: int
     peers: str
 
     def __post_init__(self) -> None:
@@ -113,6 +114,9 @@ class Lab:
     def start(self, stage: str) -> Path:
         return self.base if stage == "sft" else self.ours / "sft"
 
+    def seed_of(self, stage: str) -> int:
+        return self.seed if stage == "sft" else self.train_seed
+
 
 @dataclass
 class Run:
@@ -126,7 +130,8 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(TRAINERS), help="of sft, reward, dpo, ppo, grpo")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and sampling")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and SFT")
+    parser.add_argument("--train_seed", type=int, help="of the stages after SFT; default: seed")
     parser.add_argument("--peers", choices=("trl", "none"), default="trl")
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
@@ -136,13 +141,14 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    lab = Lab(args.out, args.seed, args.peers)
+    seeds = {"seed": args.seed, "train_seed": args.seed if args.train_seed is None else args.train_seed}
+    lab = Lab(args.out, **seeds, peers=args.peers)
     needed = {"sft": True, "reward": "ppo" in asked}  # where later stages start, and PPO's reward
     stages = [s for s in TRAINERS if s in asked or (needed.get(s) and not (lab.ours / s / "config.yaml").is_file())]
     report = args.out / "learning.json"
-    found = json.loads(report.read_text()) if report.is_file() else {"seed": args.seed, "stages": {}}
-    if found["seed"] != args.seed:
-        parser.error(f"{args.out} holds seed {found['seed']}; give another folder")
+    found = json.loads(report.read_text()) if report.is_file() else {**seeds, "stages": {}}
+    if any(found[name] != value for name, value in seeds.items()):
+        parser.error(f"{args.out} holds seed {found['seed']}, train_seed {found['train_seed']}; give another folder")
     found["machine"] = machine()
     for stage in stages:
         found["stages"][stage] = run_stage(lab, stage)
@@ -188,7 +194,7 @@ def train_ours(lab: Lab, stage: str, name: str = "", changes: dict[str, Any] | N
         rewards = {"reward_model_path": str(lab.ours / "reward")}
     config = getattr(rlhf_fast, f"{TRAINERS[stage]}Config")(
         output_dir=str(out),
-        seed=lab.seed,
+        seed=lab.seed_of(stage),
         gradient_checkpointing=False,
         quiet=True,
         save_steps=1_000_000,
@@ -214,7 +220,7 @@ def train_trl(lab: Lab, stage: str, name: str = "") -> Run:
     out = lab.out / "trl" / "-".join([stage, *name.split()])
     config = getattr(trl, f"{TRAINERS[stage]}Config")(
         output_dir=str(out),
-        seed=lab.seed,
+        seed=lab.seed_of(stage),
         gradient_checkpointing=False,
         disable_tqdm=True,
         save_strategy="no",
@@ -246,7 +252,7 @@ def peft_names(lora: dict[str, int]) -> dict[str, Any]:
 
 
 def reward_spec(lab: Lab, name: str) -> Any:
-    return {"name": "random", "seed": lab.seed} if name == NOISE else "answer"
+    return {"name": "random", "seed": lab.train_seed} if name == NOISE else "answer"
 
 
 def trl_reward(spec: Any) -> Any:
@@ -381,7 +387,9 @@ def settings_of(result: dict[str, Any]) -> str:
 def markdown(found: dict[str, Any]) -> str:
     lines = ["# Learning checks", "", *(__doc__ or "").split("\n\n")[2].splitlines(), ""]
     about = [f"{name} {value}" for name, value in found["machine"].items()]
-    lines += [f"Seed {found['seed']}; {', '.join(about)}. ± is the standard error over the {HELD_OUT} held-out rows."]
+    lines += [
+        f"Seed {found['seed']}, training seed {found['train_seed']}; {', '.join(about)}. ± is the standard error over the {HELD_OUT} held-out rows."
+    ]
     for stage in (s for s in TRAINERS if s in found["stages"]):
         header, rows = table(stage, found["stages"][stage])
         lines += ["", f"## {stage}", "", f"`{settings_of(found['stages'][stage])}`", ""]

@@ -40,7 +40,7 @@ RESERVED = {
     "flash_attn": ("models/attention.py",),
 }
 # what every trainer is built on, and the one that continues another
-SHARED_TRAINER_FILES = ("rlhf_fast.trainers.trainer", "rlhf_fast.trainers.config")
+SHARED_TRAINER_FILES = ("rlhf_fast.trainers.trainer", "rlhf_fast.trainers.config", "rlhf_fast.trainers.rl")
 CONTINUES = {"safe_ppo": "ppo"}
 
 

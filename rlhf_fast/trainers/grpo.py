@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed
-from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import group_advantages, policy_loss
 from rlhf_fast.kernels.policy import LEVELS
-from rlhf_fast.rewards import evaluate_policy, resolve_all
-from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
-from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
+from rlhf_fast.rewards.experience import annotate
 
 from .config import RLConfig, one_of
-from .trainer import Trainer, Window
+from .rl import RLTrainer
+from .trainer import Window
 
 # loss_type -> (kind of policy_loss, how token losses are aggregated)
 LOSS_TYPES = {
@@ -76,50 +73,17 @@ class GRPOConfig(RLConfig):
             )
 
 
-class GRPOTrainer(Trainer):
-    """Reinforcement learning from reward functions, with the group's mean as baseline.
-
-    Args:
-        reward_funcs: one or more reward functions or their names; see :mod:`rlhf_fast.rewards`.
-        engine: a rollout engine; ``transformers.generate`` in process when None.
-    """
+class GRPOTrainer(RLTrainer):
+    """Reinforcement learning from reward functions, with the group's mean as baseline."""
 
     config_class = GRPOConfig
     headline = ("reward", "kl")
     learning_rates = (1e-6, 1e-5)
-    record_class = Experience
-
-    def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
-        args = args if args is not None else GRPOConfig()
-        functions, names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
-        if not functions:
-            raise UserError("reward_funcs is empty: name at least one, e.g. --reward_funcs answer")
-        super().__init__(model, args, **kwargs)
-        self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
-        check_for_rl(self.engine, temperature=args.temperature)
-        self.rollouts = ScoredRollouts(self.engine, self.policy, functions, names, args.reward_weights)
-        self.rollouts.check(self.train_records)
-
-    @classmethod
-    def extra_arguments(cls, config: GRPOConfig) -> dict[str, Any]:
-        return {"reward_funcs": config.reward_funcs}
 
     def add_roles(self) -> None:
         if self.args.beta:
             self.policy.add_reference()
             self.say(f"reference: {self.policy.reference}")
-
-    def prepare_data(self, records) -> list[Prompt]:
-        a = self.args
-        prompts, report = prepare_prompts(
-            records,
-            self.tokenizer,
-            max_prompt_length=a.max_prompt_length,
-            allow_truncation=a.allow_truncation,
-            **self.tokenizing,
-        )
-        self.say(report)
-        return prompts
 
     @property
     def rows_per_window(self) -> int:
@@ -130,20 +94,13 @@ class GRPOTrainer(Trainer):
         return self.args.num_iterations
 
     def size(self, record: Experience) -> float:
-        return 0 if self._ignored(record) else sum(record.example.response_mask)
+        return 0 if self._ignored(record) else super().size(record)
 
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample a group of responses to every prompt, score them, and compare each with its group."""
         a, device = self.args, self.policy.device
-        experiences, metrics = self.rollouts.sample(
-            prompts,
-            n=a.num_generations,
-            max_new_tokens=a.max_completion_length,
-            temperature=a.temperature,
-            seed=a.seed * 1_000_003 + self.first_row,
-        )
-        self.add_times(self.rollouts.seconds)
+        experiences, metrics = self.respond(prompts, n=a.num_generations)
         rewards = torch.tensor([e.reward for e in experiences])
         advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
         for experience, advantage in zip(experiences, advantages.to(device)):
@@ -156,9 +113,6 @@ class GRPOTrainer(Trainer):
                 annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
         self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
         return experiences
-
-    def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
-        return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
 
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
@@ -201,24 +155,6 @@ class GRPOTrainer(Trainer):
         if "kl" in metrics:
             figures["kl"] = metrics["kl"]
         yield loss, figures, tokens
-
-    def evaluate(self) -> dict[str, float]:
-        """Greedy answers to held-out prompts, scored by the reward functions."""
-        if self.eval_records is None:
-            raise UserError("evaluate() needs an eval_dataset")
-        a = self.args
-        figures = evaluate_policy(
-            self.policy,
-            self.eval_records[: a.num_eval_prompts],
-            self.rollouts.functions,
-            reward_weights=a.reward_weights,
-            max_new_tokens=a.max_completion_length,
-            max_batch_size=a.rollout_batch_size,
-        )
-        return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
-
-    def restore_record(self, fields: dict[str, Any]) -> Experience:
-        return restore_experience(fields, self.policy.device)
 
     def _ignored(self, record: Experience) -> bool:
         return self.args.mask_truncated_completions and not record.finished

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed, unpack
-from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss, whiten
 from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.models import attach
-from rlhf_fast.rewards import evaluate_policy, resolve_all
-from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
+from rlhf_fast.rewards import resolve_all
+from rlhf_fast.rewards.experience import annotate
 from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
+from rlhf_fast.rollout import Engine
 
 from .config import RLConfig, one_of
-from .trainer import Trainer, Window
+from .rl import RLTrainer
+from .trainer import Window
 
 
 @dataclass(kw_only=True)
@@ -61,35 +61,21 @@ class PPOConfig(RLConfig):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, or unset")
 
 
-class PPOTrainer(Trainer):
-    """PPO with a KL-penalised reward, a critic on the policy's base, and clipped policy and value losses.
-
-    Args:
-        reward_funcs: reward functions, their names, or paths of reward-model run folders.
-        engine: a rollout engine; ``transformers.generate`` in process when None.
-    """
+class PPOTrainer(RLTrainer):
+    """PPO with a KL-penalised reward, a critic on the policy's base, and clipped policy and value losses."""
 
     config_class = PPOConfig
     headline = ("objective/scores", "objective/kl")
     learning_rates = (3e-6, 3e-5)
-    record_class = Experience
 
     def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
-        args = args if args is not None else PPOConfig()
-        self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
+        super().__init__(model, reward_funcs, args, engine, **kwargs)
+        self.kl_coef = self.args.kl_coef
+        self._moved: Tensor | float = 0.0  # approximate KL between the policy and where it sampled, this window
+
+    def check_rewards(self, args: PPOConfig) -> None:
         if not self.functions and not args.reward_model_path:
             raise UserError("PPO needs a reward: --reward_model_path RUN of a trained reward model, or --reward_funcs")
-        super().__init__(model, args, **kwargs)
-        self.kl_coef = args.kl_coef
-        self._moved: Tensor | float = 0.0  # approximate KL between the policy and where it sampled, this window
-        self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
-        check_for_rl(self.engine, temperature=args.temperature)
-        self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
-        self.rollouts.check(self.train_records)
-
-    @classmethod
-    def extra_arguments(cls, config: PPOConfig) -> dict[str, Any]:
-        return {"reward_funcs": config.reward_funcs}
 
     def add_roles(self) -> None:
         self.policy.add_reference()
@@ -99,18 +85,6 @@ class PPOTrainer(Trainer):
             model = RewardModel(attach(self.policy, "reward", path))
             model.__name__ = "reward_model"  # its name in the metrics
             self.functions, self.names = resolve_all([*self.functions, model])
-
-    def prepare_data(self, records) -> list[Prompt]:
-        a = self.args
-        prompts, report = prepare_prompts(
-            records,
-            self.tokenizer,
-            max_prompt_length=a.max_prompt_length,
-            allow_truncation=a.allow_truncation,
-            **self.tokenizing,
-        )
-        self.say(report)
-        return prompts
 
     @property
     def windows_per_round(self) -> int:
@@ -129,21 +103,11 @@ class PPOTrainer(Trainer):
             plan += [order[a:b] for a, b in itertools.pairwise(bounds)]
         return plan
 
-    def size(self, record: Experience) -> float:
-        return sum(record.example.response_mask)
-
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample one response to every prompt, score it, and estimate the advantage of each of its tokens."""
         a, device = self.args, self.policy.device
-        experiences, metrics = self.rollouts.sample(
-            prompts,
-            n=1,
-            max_new_tokens=a.max_completion_length,
-            temperature=a.temperature,
-            seed=a.seed * 1_000_003 + self.first_row,
-        )
-        self.add_times(self.rollouts.seconds)
+        experiences, metrics = self.respond(prompts, n=1)
         for experience in experiences:
             if math.isnan(experience.reward):  # nobody could score it: it teaches nothing
                 experience.reward, experience.example.response_mask = 0.0, [False] * len(experience.example)
@@ -204,9 +168,6 @@ class PPOTrainer(Trainer):
             error = kl_of_all / count_of_all / self.args.kl_target - 1
             self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * count_of_all / self.args.kl_horizon
 
-    def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
-        return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
-
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
         batch = TokenBatch.pack([e.example for e in records], self.policy.device)
@@ -255,26 +216,8 @@ class PPOTrainer(Trainer):
                 self.plan = []
         self._moved = 0.0
 
-    def evaluate(self) -> dict[str, float]:
-        """Greedy answers to held-out prompts, scored by the reward functions."""
-        if self.eval_records is None:
-            raise UserError("evaluate() needs an eval_dataset")
-        a = self.args
-        figures = evaluate_policy(
-            self.policy,
-            self.eval_records[: a.num_eval_prompts],
-            self.rollouts.functions,
-            reward_weights=a.reward_weights,
-            max_new_tokens=a.max_completion_length,
-            max_batch_size=a.rollout_batch_size,
-        )
-        return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
-
     def extra_state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.kl_coef = state["kl_coef"]
-
-    def restore_record(self, fields: dict[str, Any]) -> Experience:
-        return restore_experience(fields, self.policy.device)

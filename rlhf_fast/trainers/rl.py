@@ -1,0 +1,100 @@
+"""What the algorithms share that learn from their own samples: prompts in, scored responses, greedy evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.batch import Experience, Prompt, TokenBatch
+from rlhf_fast.data.prepare import prepare_prompts
+from rlhf_fast.errors import UserError
+from rlhf_fast.rewards import evaluate_policy, resolve_all
+from rlhf_fast.rewards.experience import ScoredRollouts, restore_experience
+from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
+
+from .config import RLConfig
+from .trainer import Trainer
+
+
+class RLTrainer(Trainer):
+    """Base of PPO and GRPO.
+
+    Args:
+        reward_funcs: one or more reward functions or their names, see :mod:`rlhf_fast.rewards`; those of ``args`` when None.
+        engine: a rollout engine; ``transformers.generate`` in process when None.
+    """
+
+    config_class = RLConfig
+    record_class = Experience
+
+    def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
+        args = args if args is not None else self.config_class()
+        self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
+        self.check_rewards(args)
+        super().__init__(model, args, **kwargs)
+        self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
+        check_for_rl(self.engine, temperature=args.temperature)
+        self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
+        self.rollouts.check(self.train_records)
+
+    @classmethod
+    def extra_arguments(cls, config: RLConfig) -> dict[str, Any]:
+        return {"reward_funcs": config.reward_funcs}
+
+    def check_rewards(self, args: RLConfig) -> None:
+        """Raise UserError when there is nothing to learn from."""
+        if not self.functions:
+            raise UserError("reward_funcs is empty: name at least one, e.g. --reward_funcs answer")
+
+    def prepare_data(self, records) -> list[Prompt]:
+        a = self.args
+        prompts, report = prepare_prompts(
+            records,
+            self.tokenizer,
+            max_prompt_length=a.max_prompt_length,
+            allow_truncation=a.allow_truncation,
+            **self.tokenizing,
+        )
+        self.say(report)
+        return prompts
+
+    def size(self, record: Experience) -> float:
+        return sum(record.example.response_mask)
+
+    @torch.no_grad()
+    def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
+        """``n`` scored responses to every prompt, siblings adjacent, and the metrics of the rollout."""
+        a = self.args
+        experiences, metrics = self.rollouts.sample(
+            prompts,
+            n=n,
+            max_new_tokens=a.max_completion_length,
+            temperature=a.temperature,
+            seed=a.seed * 1_000_003 + self.first_row,
+        )
+        self.add_times(self.rollouts.seconds)
+        return experiences, metrics
+
+    def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
+        """(N,) log-probabilities under ``role``, at the sampling temperature."""
+        return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy answers to held-out prompts, scored by the reward functions."""
+        if self.eval_records is None:
+            raise UserError("evaluate() needs an eval_dataset")
+        a = self.args
+        figures = evaluate_policy(
+            self.policy,
+            self.eval_records[: a.num_eval_prompts],
+            self.rollouts.functions,
+            reward_weights=a.reward_weights,
+            max_new_tokens=a.max_completion_length,
+            max_batch_size=a.rollout_batch_size,
+        )
+        return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
+
+    def restore_record(self, fields: dict[str, Any]) -> Experience:
+        return restore_experience(fields, self.policy.device)
