@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 64,
         "center_rewards_coefficient": 0.01,
     },
-    "dpo": {"learning_rate": 4e-4, "max_steps": 140, "per_device_train_batch_size": 64, "beta": 0.1},
+    "dpo": {"learning_rate": 1e-4, "max_steps": 140, "per_device_train_batch_size": 64, "beta": 0.1},
     "grpo": {
         **SAMPLING,
         "max_steps": 40,

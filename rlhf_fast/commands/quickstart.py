@@ -96,7 +96,7 @@ def run(out: Path, seed: int = 0, reward: str = "learned", quiet: bool = False) 
 # ---- the stages: every setting that differs from a default is here to be seen
 
 MODEL = {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}
-COMMON = {"gradient_checkpointing": False, "logging_steps": 20, "save_steps": 1_000_000}
+COMMON = {"gradient_checkpointing": False, "logging_steps": 10, "save_steps": 1_000_000}
 LORA = {"use_peft": True, "lora_r": 16, "lora_alpha": 32}
 
 
