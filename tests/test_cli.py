@@ -82,7 +82,7 @@ def test_every_setting_of_every_trainer_says_what_it_means():
         (["sft", "--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["sft"], "model_name_or_path is missing"),
         (["export", "nowhere", "-o", "x"], "nowhere is not a folder"),
-        (["export", "nowhere"], "the following arguments are required: -o/--output"),
+        (["export"], "the following arguments are required: RUN"),
         (["export", "nowhere", "-o", "x", "--merg"], "did you mean --merge?"),
         (["env", "stray"], "unrecognized arguments: stray"),
     ],
@@ -237,8 +237,8 @@ def test_the_exported_model_gives_the_logits_of_the_run(workplace, sft_run, caps
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    exported = workplace / "exported"
-    code, out, _ = run(capsys, "export", sft_run, "--merge", "-o", exported)
+    exported = sft_run.with_name(f"{sft_run.name}-merged")  # where it goes when nobody says
+    code, out, _ = run(capsys, "export", sft_run, "--merge")
     assert code == 0
     assert "adapter merged, float32" in out
     assert not list(exported.glob("adapter*"))

@@ -35,6 +35,15 @@ def test_every_algorithm_has_one_for_a_7b_model_and_one_for_a_cpu():
 
 
 @recipes
+def test_its_bare_name_is_enough_from_any_folder(recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config_class = classes(recipe)[0]
+    assert parse_config(config_class, ["--config", recipe.stem]) == parse_config(
+        config_class, ["--config", str(recipe)]
+    )
+
+
+@recipes
 def test_its_settings_are_the_trainers_own(recipe):
     """An unknown key or a value of the wrong type is an error of the parser."""
     config = parse_config(classes(recipe)[0], ["--config", str(recipe)])

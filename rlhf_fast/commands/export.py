@@ -13,7 +13,9 @@ from rlhf_fast.errors import UserError
 def main(argv: Sequence[str]) -> int:
     parser = Parser("export", "Write the model of a run as a plain Hugging Face folder that any library loads.")
     parser.add_argument("run", metavar="RUN", help="run folder, or any model folder")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; new or empty")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="folder to write, new or empty; RUN-merged when not given"
+    )
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the base's weights")
     parser.add_argument(
         "--dtype",
@@ -22,7 +24,8 @@ def main(argv: Sequence[str]) -> int:
         help="of the merged weights; auto is the base's. Merge a bfloat16 base in float32 to lose nothing of the adapter",
     )
     args = parser.parse_args(argv)
-    run, output = Path(args.run), Path(args.output)
+    run = Path(args.run)
+    output = Path(args.output) if args.output else run.with_name(f"{run.resolve().name}-merged")
     _check(run, output)
 
     import torch

@@ -124,12 +124,20 @@ def use_packed_attention(model: PreTrainedModel) -> str:
     Raises:
         UserError: the architecture does not go through transformers' attention interface.
     """
+    config = model.config.get_text_config()
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd or getattr(model, "_is_stateful", False):
+        raise UserError(
+            f"{type(model).__name__} has layers that carry state past the end of a sequence or mask in their own way "
+            f"({', '.join(sorted(odd)) or 'recurrent'}); packed training would mix sequences there, so choose a model with "
+            "softmax attention throughout"
+        )
     native = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise UserError(
             f"{type(model).__name__} does not use transformers' attention interface, so its sequences cannot be packed; "
-            "choose a model that does (Llama, Qwen, Mistral, Gemma, Phi, GPT-2 and most others)"
+            "choose a model that does (Llama, Qwen 2 and 3, Mistral, Phi, GPT-2 and most others)"
         )
     return native
 

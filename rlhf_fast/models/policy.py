@@ -102,9 +102,19 @@ class Policy(nn.Module):
         self.heads[role] = ScalarHead(self.hidden_size).to(self.device)
 
     def model_for(self, role: str) -> PreTrainedModel:
-        """The model in ``role``, its adapter switched on. Refused while another adapter's graph is alive."""
+        """The model in ``role``, its adapter switched on. Refused while another adapter's graph is alive.
+
+        Raises:
+            ValueError: nothing plays the role.
+        """
         if role in self.copies:
             return self.copies[role]
+        base_is_reference = role == "reference" and self.adapters.names and not self.continued
+        if role not in (self.role, *self.adapters.names, *self.heads) and not base_is_reference:
+            known = sorted({self.role, *self.adapters.names, *self.copies, *self.heads})
+            raise ValueError(
+                f"nothing plays the role {role!r} here (there are {', '.join(known)}); add it with add_role"
+            )
         if self.adapters.names:
             self.adapters.use(role if role in self.adapters.names else None)
         return self.model
@@ -219,14 +229,23 @@ class Policy(nn.Module):
 
     # ---- files
 
+    def check_folder(self, folder: str | Path) -> None:
+        """Raise UserError if ``folder`` holds a model of the other kind: loading could not tell which one is meant."""
+        other = "config.json" if self.adapters.names else "adapter_config.json"
+        if (Path(folder) / other).is_file():
+            kind = "a whole model, and this run trains an adapter" if self.adapters.names else "an adapter"
+            raise UserError(f"{folder} already holds {kind} ({other}); choose another output_dir")
+
     def save(self, folder: str | Path) -> None:
-        """Write adapter (PEFT format) or whole model, tokenizer and heads; what was written is read back and compared.
+        """Write adapter (PEFT format) or whole model, tokenizer and heads; the heads are read back and compared.
 
         Raises:
-            OSError: the files on disk differ from what is in memory.
+            OSError: a head on disk differs from the one in memory.
+            UserError: the folder holds a model of the other kind.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self.check_folder(folder)
         if self.adapters.names:
             self.adapters.save(self.role, folder)
         else:

@@ -106,7 +106,10 @@ def _split_flags(argv: Sequence[str]) -> dict[str, list[str]]:
 def _config_path(words: list[str]) -> Path:
     if len(words) != 1:
         raise UserError(f"--config takes one YAML file, got {' '.join(words) or 'none'}")
-    return Path(words[0])
+    path = Path(words[0])
+    recipe = Path(__file__).parents[1] / "recipes" / f"{path.name.removesuffix('.yaml')}.yaml"
+    # a bare name that is no file here is one of the recipes that come with the package
+    return recipe if not path.exists() and path.parent == Path() and recipe.is_file() else path
 
 
 def _read_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class TrainerConfig:
     learning_rate: float | None = None  # peak; None is the algorithm's default, higher with LoRA
     lr_scheduler_type: str = "linear"  # linear, cosine, constant, constant_with_warmup, ...
     warmup_ratio: float = 0.03  # share of all steps spent raising the learning rate from 0
-    weight_decay: float = 0.0  # AdamW's
+    weight_decay: float = 0.0  # AdamW's, on matrices; norms, biases and heads do not decay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 leaves them as they are
     num_train_epochs: int = 1  # passes over the data set
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
@@ -56,7 +56,7 @@ class TrainerConfig:
     use_peft: bool = False  # train a LoRA adapter instead of all weights
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its output is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.0  # on the adapter's input; leave at 0 for reinforcement learning
+    lora_dropout: float = 0.0  # on the adapter's input; SFT only, elsewhere two passes are compared and it must be 0
     lora_target_modules: str | list[str] = "all-linear"  # names of the layers that get an adapter
     logging_steps: int = 10  # optimizer steps between log lines
     eval_steps: int | None = None  # optimizer steps between evaluations; None evaluates at the end

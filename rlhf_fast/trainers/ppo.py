@@ -82,7 +82,10 @@ class PPOTrainer(RLTrainer):
         self.say(f"reference: {self.policy.reference}")
         self.policy.add_role("value", trainable=True, head=True)
         if path := self.args.reward_model_path:
-            model = RewardModel(attach(self.policy, "reward", path))
+            judge = attach(self.policy, "reward", path)
+            shared = "an adapter on the policy's base" if judge is self.policy else "a model of its own in memory"
+            self.say(f"reward model: {path}, {shared}")
+            model = RewardModel(judge)
             model.__name__ = "reward_model"  # its name in the metrics
             self.functions, self.names = resolve_all([*self.functions, model])
 

@@ -23,7 +23,8 @@ class RLTrainer(Trainer):
 
     Args:
         reward_funcs: one or more reward functions or their names, see :mod:`rlhf_fast.rewards`; those of ``args`` when None.
-        engine: a rollout engine; ``transformers.generate`` in process when None.
+        engine: a rollout engine; ``transformers.generate`` in process when None. It is told the step before every rollout
+            (``update(None, step)``) and must sample from ``policy``'s weights as they are then.
     """
 
     config_class = RLConfig
@@ -38,6 +39,8 @@ class RLTrainer(Trainer):
         check_for_rl(self.engine, temperature=args.temperature)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
         self.rollouts.check(self.train_records)
+        if self.eval_records is not None:
+            self.rollouts.check(self.eval_records)
 
     @classmethod
     def extra_arguments(cls, config: RLConfig) -> dict[str, Any]:
@@ -67,6 +70,7 @@ class RLTrainer(Trainer):
     def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
         """``n`` scored responses to every prompt, siblings adjacent, and the metrics of the rollout."""
         a = self.args
+        self.engine.update(None, self.step)
         experiences, metrics = self.rollouts.sample(
             prompts,
             n=n,

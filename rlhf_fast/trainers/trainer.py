@@ -84,6 +84,10 @@ class Trainer:
         self.tokenizer = self.policy.tokenizer
         self.add_roles()
         if not self.keep_dropout:
+            if self.args.lora_dropout:
+                raise UserError(
+                    "lora_dropout must be 0 here: ratios and margins compare two passes; only SFT has dropout"
+                )
             disable_dropout(self.policy)
         if self.args.gradient_checkpointing:
             self.policy.checkpoint_activations()
@@ -203,6 +207,7 @@ class Trainer:
                 when None.
         """
         out = Path(self.args.output_dir)
+        self.policy.check_folder(out)  # now rather than when there is a model to lose
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         resumed = self._resume(out, resume_from_checkpoint) if resume_from_checkpoint else None
@@ -234,14 +239,14 @@ class Trainer:
                 if last or self.step % self.args.logging_steps == 0:
                     final.update(self._log(log, time.perf_counter() - started, tokens))
                     started, tokens = time.perf_counter(), 0.0
+                if last or self.step % self.args.save_steps == 0:
+                    self._save_checkpoint(out)
                 every = self.args.eval_steps
                 due = self.finished or (every and self.step % every == 0)
                 if self.eval_records is not None and due and not stopping:  # who asked to stop will not wait for it
                     figures = self.evaluate()
                     log.log(self.step, figures)
                     final.update(figures)
-                if last or self.step % self.args.save_steps == 0:
-                    self._save_checkpoint(out)
                 if stopping:
                     log.print(f"{stop.name or 'stopped'}: saved at step {self.step}; continue with --resume")
                     break
@@ -413,6 +418,11 @@ class Trainer:
             device=self.accelerator.device,
             role=self.role,
         )
+        if policy.continued and a.use_peft:
+            c = policy.adapters.config(policy.role)
+            self.say(
+                f"going on with the adapter in {model} (r {c.r}, alpha {c.lora_alpha}); lora_* settings do not apply"
+            )
         if half and not lora:  # fp32 weights, 16-bit passes: steps of a small learning rate vanish in 16-bit weights
             policy.compute_dtype = torch.bfloat16
         return policy
@@ -421,7 +431,12 @@ class Trainer:
         a = self.args
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         rate = a.learning_rate if a.learning_rate is not None else self.learning_rates[bool(self.policy.adapters.names)]
-        optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=a.weight_decay)
+        # norms, biases and scalar heads do not decay, as in transformers
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": a.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate)
         self.model, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
         # stepped by hand: accelerate's wrapper would advance it once per process
         self.scheduler = get_scheduler(

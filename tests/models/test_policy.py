@@ -197,3 +197,26 @@ def _perturb(policy):
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
+
+
+def test_a_role_that_nobody_plays_is_an_error_not_the_policy_itself(model, tokenizer, examples):
+    """In full fine-tuning a forgotten add_reference() would otherwise give a KL of exactly 0."""
+    policy = load(model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="nothing plays the role 'reference'"):
+        policy.logprobs(TokenBatch.pack(examples), role="reference")
+    policy.add_reference()
+    policy.logprobs(TokenBatch.pack(examples), role="reference")
+
+
+def test_layers_that_carry_state_across_sequences_are_refused(model, tokenizer):
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UserError, match="linear_attention.*packed training would mix"):
+        load(model, tokenizer=tokenizer)
+
+
+def test_an_adapter_is_not_written_over_a_whole_model(model, tokenizer, tmp_path):
+    load(model, tokenizer=tokenizer).save(tmp_path / "base")
+    policy = load(tmp_path / "base", peft_config=lora_config(r=4))
+    with pytest.raises(UserError, match="already holds a whole model"):
+        policy.save(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
