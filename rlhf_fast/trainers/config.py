@@ -41,6 +41,7 @@ class TrainerConfig:
     model_name_or_path: str | None = None  # a Hugging Face name, a model folder, or a run folder
     dataset_name: str | None = None  # a .jsonl, .json, .parquet or .csv file, a folder, or a Hugging Face data set
     eval_dataset_name: str | None = None  # held-out rows, same formats
+    bad_rows: str = "error"  # at a row that cannot be used: error names it and stops, drop leaves it out and counts it
     output_dir: str = "runs/run"  # the run folder: model, checkpoints, metrics, plots
     learning_rate: float | None = None  # peak; None is the algorithm's default, higher with LoRA
     lr_scheduler_type: str = "linear"  # linear, cosine, constant, constant_with_warmup, ...
@@ -76,6 +77,7 @@ class TrainerConfig:
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"warmup_ratio is {self.warmup_ratio}; it is a share of all steps, from 0 to 1")
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        one_of("bad_rows", self.bad_rows, ("error", "drop"))
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 

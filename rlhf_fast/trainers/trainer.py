@@ -373,7 +373,12 @@ class Trainer:
     def tokenizing(self) -> dict[str, Any]:
         """What preparing data needs to know about the model."""
         vocab_size = self.policy.model.get_input_embeddings().num_embeddings
-        return {"name": self._preparing, "stop_ids": self.policy.stop_ids, "vocab_size": vocab_size}
+        return {
+            "name": self._preparing,
+            "stop_ids": self.policy.stop_ids,
+            "vocab_size": vocab_size,
+            "bad_rows": self.args.bad_rows,
+        }
 
     def say(self, what: Any) -> None:
         """Print once, not once per process."""

@@ -52,6 +52,15 @@ def sft(make_model, tokenizer, settings):
 # ---- what settings do
 
 
+def test_bad_rows_stop_the_run_or_are_left_out(sft):
+    rows = [*ROWS, {"prompt": "9 ", "completion": ""}]
+    with pytest.raises(UserError, match="row 9"):
+        sft(rows)
+    assert len(sft(rows, bad_rows="drop").train_records) == len(ROWS)
+    with pytest.raises(UserError, match="bad_rows is 'skip'"):
+        sft(bad_rows="skip")
+
+
 def test_no_setting_is_left_untested():
     """Each is named by a test of this folder or of the command line."""
     here = Path(__file__).parent
