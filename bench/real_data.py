@@ -104,7 +104,7 @@ class Stage:
         self.settings[config_class.__name__.removesuffix("Config").lower()] = settings
         shared = {"seed": self.seed, "gradient_checkpointing": False, "quiet": True, "save_steps": 500}
         shared |= {"max_steps": self.max_steps} if self.max_steps else {}
-        return config_class(output_dir=str(self.folder / run), **{**shared, **settings, **shared})
+        return config_class(output_dir=str(self.folder / run), **{**settings, **shared})
 
     def train(self, trainer: Any) -> dict[str, float]:
         """Train and count the seconds, of the clock and of the processor."""
@@ -287,7 +287,7 @@ def ppo(stage: Stage) -> None:
         use_peft=True,
         learning_rate=3e-4,
         lr_scheduler_type="constant_with_warmup",
-        max_steps=60,
+        max_steps=40,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=3,
         num_ppo_epochs=2,
@@ -296,7 +296,7 @@ def ppo(stage: Stage) -> None:
         max_completion_length=96,
         rollout_batch_size=100,
         num_eval_prompts=100,
-        reward_weights=[1.0, 0.0],
+        reward_weights=[0.0, 1.0],  # the answer is only watched; the reward model comes last
         critic_warmup_steps=4,
         logging_steps=2,
     )
