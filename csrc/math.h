@@ -97,22 +97,58 @@ RF_HD uint16_t half_from_float(float value) {
 // Below this, fast_exp2 returns fast_exp2(EXP2_FLOOR) = 2.4e-38: nothing beside a softmax sum, which is at least 1.
 constexpr float EXP2_FLOOR = -125.0f;
 
-// 2^x for x <= 127, relative error below 1.1e-7. Branch-free, and only operations that vectorise on every ISA.
-// A NaN stays NaN except for exotic payloads: callers also combine with x itself, which carries every NaN.
-RF_HD float fast_exp2(float x) {
-  x = x < EXP2_FLOOR ? EXP2_FLOOR : x;
-  // adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits
-  const float shifted = x + 12582912.0f;
-  const float f = x - (shifted - 12582912.0f);
-  // minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9, exactly 1 at f = 0
+// (2^f - 1) / f on [-1/2, 1/2] by a minimax polynomial; f times it, plus 1, is 2^f with a relative error of 2e-9.
+RF_HD float exp2_slope(float f) {
   float p = 1.5353361959569156e-4f;
   p = fused(p, f, 1.3398875016719103e-3f);
   p = fused(p, f, 9.6184369176626205e-3f);
   p = fused(p, f, 5.5503323674201965e-2f);
   p = fused(p, f, 2.4022647738456726e-1f);
-  p = fused(p, f, 6.9314718246459961e-1f);
-  p = fused(p, f, 1.0f);
+  return fused(p, f, 6.9314718246459961e-1f);
+}
+
+// adding it rounds to the nearest integer and leaves that in the low bits
+constexpr float ROUNDER = 12582912.0f;
+
+// 2^x for x <= 127, relative error below 1.1e-7. Branch-free, and only operations that vectorise on every ISA.
+// A NaN stays NaN except for exotic payloads: callers also combine with x itself, which carries every NaN.
+RF_HD float fast_exp2(float x) {
+  x = x < EXP2_FLOOR ? EXP2_FLOOR : x;
+  const float shifted = x + ROUNDER;
+  const float f = x - (shifted - ROUNDER);
+  const float p = fused(exp2_slope(f), f, 1.0f);
   return float_of(bits_of(p) + (bits_of(shifted) << 23));
+}
+
+// x = (n + f) ln 2 with |f| <= 1/2. Dividing by ln 2 outright would multiply the rounding of that quotient by x.
+struct Exponent {
+  uint32_t n_bits;  // n in two's complement, below ROUNDER's own bits
+  float f;
+};
+
+RF_HD Exponent split_exponent(float x) {
+  const float shifted = x * LOG2_E + ROUNDER;
+  const float n = shifted - ROUNDER;
+  // ln 2 in two parts, the first so short that n times it is exact
+  return {bits_of(shifted), ((x - n * 0.693359375f) - n * -2.12194440e-4f) * LOG2_E};
+}
+
+// e^x, relative error below 1.3e-7. Overflows to infinity, is 0 below -86 and NaN for NaN.
+RF_HD float exponential(float x) {
+  const Exponent parts = split_exponent(x < -86.0f ? -86.0f : x > 88.72283f ? 88.72283f : x);
+  const float p = fused(exp2_slope(parts.f), parts.f, 1.0f);
+  // n reaches 128, one more than a float's exponent: the last doubling comes after
+  const float e = float_of(bits_of(p) + ((parts.n_bits - 1u) << 23)) * 2.0f;
+  const float result = x < -86.0f ? 0.0f : x > 88.72283f ? infinity() : e;
+  return x == x ? result : x;
+}
+
+// e^x - 1 with all its digits near 0: 2^n (2^f - 1) + (2^n - 1).
+RF_HD float exponential_minus_one(float x) {
+  const Exponent parts = split_exponent(x < -86.0f ? -86.0f : x > 87.0f ? 87.0f : x);
+  const float scale = float_of((parts.n_bits << 23) + 0x3f800000u);
+  const float result = fused(scale, exp2_slope(parts.f) * parts.f, scale - 1.0f);
+  return x > 87.0f ? exponential(x) : x == x ? result : x;
 }
 
 // c * tanh(x / c) for c > 0. One form keeps its digits near 0, the other near c.

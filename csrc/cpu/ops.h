@@ -1,64 +1,9 @@
-// The CPU operations: what they take and which instruction sets they are compiled for. Torch-free: raw pointers, sizes,
-// strides in elements.
+// The CPU operations and the instruction sets they are compiled for.
 #pragma once
 
-#include <cstdint>
+#include "../ops.h"
 
 namespace rlhf_fast {
-
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-
-// A matrix of `rows` x `columns`; columns are contiguous, rows may be any distance apart (0 repeats one row).
-struct ConstMatrix {
-  const void* data;
-  Dtype dtype;
-  int64_t rows;
-  int64_t columns;
-  int64_t row_stride;
-};
-
-struct Matrix {
-  void* data;
-  Dtype dtype;
-  int64_t row_stride;
-};
-
-// How raw logits become log-probabilities: z = softcap(logit_scale * x) / temperature.
-struct Head {
-  const int64_t* labels;  // (rows,), each in [0, columns) or ignore_index
-  int64_t ignore_index;
-  float logit_scale;
-  float temperature;
-  float softcap;  // 0: none
-};
-
-struct RowStatistics {
-  float* logprobs;
-  float* entropy;
-  double* lse;
-};
-
-struct UpstreamGradients {
-  const float* logprobs;
-  const float* entropy;  // may be null
-};
-
-// Sequences of one or many lengths: sequence i covers [offsets[i], offsets[i + 1]), or row i of a (count, length)
-// matrix when offsets is null.
-struct Sequences {
-  int64_t count;
-  int64_t length;
-  const int32_t* offsets;
-};
-
-struct GaeInputs {
-  const float* rewards;
-  const float* values;
-  const uint8_t* mask;
-  const float* bootstrap;  // (count,), may be null: 0
-  float gamma;
-  float lam;
-};
 
 #define RF_DECLARE_CPU_OPS(ISA)                                                                                       \
   namespace ISA {                                                                                                     \

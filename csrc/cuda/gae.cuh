@@ -6,8 +6,8 @@
 // Apart from the launch (gae.cu) so that tests/kernels/test_cuda_build.py can run this very code on the host.
 #pragma once
 
-#include "../cpu/ops.h"
 #include "../math.h"
+#include "../ops.h"
 
 namespace rlhf_fast::cuda {
 

@@ -2,9 +2,7 @@
 // stream is a cudaStream_t. Launches go to the current device; errors come back as cudaError_t, 0 for none.
 #pragma once
 
-#include <cstdint>
-
-#include "../cpu/ops.h"
+#include "../ops.h"
 
 namespace rlhf_fast::cuda {
 

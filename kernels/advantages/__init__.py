@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.dispatch import implementation
-from rlhf_fast.kernels.kl import kl_penalty
+from rlhf_fast.kernels.dispatch import choose, implementation, kernel
+from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.kernels.registry import register
 from rlhf_fast.kernels.segments import check_tokens, promote, select
 
 from . import reference
+
+WHITEN_EPS = 1e-8
 
 __all__ = ["gae", "group_advantages", "kl_shaped_gae", "shaped_rewards", "whiten"]
 
@@ -49,9 +51,7 @@ def gae(
     check_tokens(mask, cu_seqlens, rewards=rewards, values=values)
     if cu_seqlens is None and mask.dim() != 2:
         raise ValueError(f"without cu_seqlens rewards must be (B, T), got {tuple(rewards.shape)}")
-    num_sequences = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
-    if bootstrap is not None and bootstrap.shape != (num_sequences,):
-        raise ValueError(f"bootstrap must be one value per sequence ({num_sequences},), got {tuple(bootstrap.shape)}")
+    _check_bootstrap(bootstrap, mask, cu_seqlens)
     work = torch.promote_types(promote(rewards).dtype, promote(values).dtype)
     rewards, values, bootstrap = (
         None if x is None else x.detach().to(work).contiguous() for x in (rewards, values, bootstrap)
@@ -89,8 +89,14 @@ def shaped_rewards(
         ValueError: the shapes differ, or the estimator is unknown.
     """
     check_tokens(mask, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    kl = kl_penalty(select(logprobs, mask), select(ref_logprobs, mask), estimator)
-    return reference.shaped_rewards(scores, kl, mask, kl_coef, clip, cu_seqlens)
+    _check_scores(scores, mask, cu_seqlens, estimator)
+    tensors = (scores, logprobs, ref_logprobs)
+    backend = choose("advantages", "shaped_rewards", *tensors)
+    if backend == "reference" or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        kl = _kl(logprobs, ref_logprobs, mask, estimator)
+        return reference.shaped_rewards(scores, kl, mask, kl_coef, clip, cu_seqlens)
+    options = (float(kl_coef), estimator, clip)
+    return _shaped_rewards(*_one_layout(*tensors, mask, cu_seqlens=cu_seqlens), *options, backend).view(mask.shape)
 
 
 def kl_shaped_gae(
@@ -121,13 +127,21 @@ def kl_shaped_gae(
     Raises:
         ValueError: the shapes differ, or the estimator is unknown.
     """
+    check_tokens(mask, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    _check_scores(scores, mask, cu_seqlens, estimator)
+    _check_bootstrap(bootstrap, mask, cu_seqlens)
+    tensors = (scores, logprobs, ref_logprobs, values)
+    backend = choose("advantages", "kl_shaped_gae", *tensors)
+    if backend != "reference":
+        layout = _one_layout(*tensors, mask, bootstrap, cu_seqlens=cu_seqlens)
+        options = (float(kl_coef), estimator, clip, float(gamma), float(lam), whiten)
+        return tuple(x.view(mask.shape) for x in _kl_shaped_gae(*layout, *options, backend))
     with torch.no_grad():
-        check_tokens(mask, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
-        kl = kl_penalty(select(logprobs, mask), select(ref_logprobs, mask), estimator)
+        kl = _kl(logprobs, ref_logprobs, mask, estimator)
         rewards = reference.shaped_rewards(scores, kl, mask, kl_coef, clip, cu_seqlens)
         advantages, returns = gae(rewards, values, mask, gamma, lam, bootstrap=bootstrap, cu_seqlens=cu_seqlens)
         if whiten:
-            advantages = reference.whiten(advantages, mask, True, 1e-8)
+            advantages = reference.whiten(advantages, mask, True, WHITEN_EPS)
     return advantages, returns, rewards, kl
 
 
@@ -145,7 +159,10 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-
         ValueError: the shapes differ.
     """
     check_tokens(mask, None, x=x)
-    return reference.whiten(x, mask, shift_mean, eps)
+    backend = choose("advantages", "whiten", x)
+    if backend == "reference" or (torch.is_grad_enabled() and x.requires_grad):
+        return reference.whiten(x, mask, shift_mean, eps)
+    return _whiten(x.detach().float().contiguous(), mask.contiguous(), shift_mean, float(eps), backend)
 
 
 def group_advantages(
@@ -185,9 +202,42 @@ def group_advantages(
         raise ValueError(f"unknown scale {scale!r}; known: group, batch, none")
     if baseline not in ("mean", "leave_one_out"):
         raise ValueError(f"unknown baseline {baseline!r}; known: mean, leave_one_out")
+    backend = choose("advantages", "group_advantages", rewards)
+    if backend != "reference" and not (torch.is_grad_enabled() and rewards.requires_grad):
+        ids = None if group_ids is None else group_ids.long().contiguous()
+        return _group_advantages(rewards.detach().float().contiguous(), ids, group_size or 0, scale, baseline, backend)
     if group_ids is None:
         group_ids = torch.arange(len(rewards), device=rewards.device) // group_size
     return reference.group_advantages(rewards, group_ids, scale, baseline)
+
+
+def _kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str) -> Tensor:
+    """The estimate of each token, 0 where masked, in plain PyTorch."""
+    return ESTIMATORS[estimator](select(ref_logprobs, mask) - select(logprobs, mask))
+
+
+def _check_scores(scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, estimator: str) -> None:
+    rows = mask.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if scores.shape != (rows,):
+        raise ValueError(f"scores must be one per sequence ({rows},), got {tuple(scores.shape)}")
+    if cu_seqlens is None and mask.dim() != 2:
+        raise ValueError(f"without cu_seqlens tokens must be (B, T), got {tuple(mask.shape)}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown KL estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+
+
+def _check_bootstrap(bootstrap: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None) -> None:
+    rows = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
+    if bootstrap is not None and bootstrap.shape != (rows,):
+        raise ValueError(f"bootstrap must be one value per sequence ({rows},), got {tuple(bootstrap.shape)}")
+
+
+def _one_layout(*tensors: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor | None]:
+    """What the kernels take: contiguous, without gradient, floats in float32, masks in bool, boundaries in int32."""
+    brought = [None if x is None else x.detach() for x in tensors]
+    brought = [x if x is None or x.dtype == torch.bool else x.float() for x in brought]
+    brought.append(None if cu_seqlens is None else cu_seqlens.to(torch.int32))
+    return [None if x is None else x.contiguous() for x in brought]
 
 
 def _fake_gae(rewards, values, mask, *_):
@@ -211,3 +261,44 @@ def _gae(rewards, values, mask, bootstrap, gamma, lam):
 def _gae_packed(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam):
     chosen = implementation("advantages", "gae_packed", rewards, values, mask)
     return chosen.gae_packed(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam)
+
+
+_TOKENS = "Tensor scores, Tensor logprobs, Tensor ref_logprobs"
+
+
+@register(
+    f"shaped_rewards({_TOKENS}, Tensor mask, Tensor? cu_seqlens, float kl_coef, str estimator, float? clip, "
+    "str backend) -> Tensor",
+    lambda scores, logprobs, *_: torch.empty_like(logprobs),
+)
+def _shaped_rewards(*arguments):
+    *arguments, backend = arguments
+    return kernel("advantages", backend).shaped_rewards(*arguments)
+
+
+@register(
+    f"kl_shaped_gae({_TOKENS}, Tensor values, Tensor mask, Tensor? bootstrap, Tensor? cu_seqlens, float kl_coef, "
+    "str estimator, float? clip, float gamma, float lam, bool whiten, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    lambda scores, logprobs, *_: tuple(torch.empty_like(logprobs) for _ in range(4)),
+)
+def _kl_shaped_gae(*arguments):
+    *arguments, backend = arguments
+    return kernel("advantages", backend).kl_shaped_gae(*arguments, WHITEN_EPS)
+
+
+@register(
+    "whiten(Tensor x, Tensor mask, bool shift_mean, float eps, str backend) -> Tensor",
+    lambda x, *_: torch.empty_like(x),
+)
+def _whiten(x, mask, shift_mean, eps, backend):
+    return kernel("advantages", backend).whiten(x, mask, shift_mean, eps)
+
+
+@register(
+    "group_advantages(Tensor rewards, Tensor? group_ids, int group_size, str scale, str baseline, str backend) -> "
+    "Tensor",
+    lambda rewards, *_: torch.empty_like(rewards),
+)
+def _group_advantages(rewards, group_ids, group_size, scale, baseline, backend):
+    return kernel("advantages", backend).group_advantages(rewards, group_ids, group_size, scale, baseline)

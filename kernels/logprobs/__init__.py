@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.dispatch import implementation
+from rlhf_fast.kernels.dispatch import choose, implementation, kernel
 from rlhf_fast.kernels.registry import register
 from rlhf_fast.kernels.segments import check_tokens, promote, select, sequence_sum
 
@@ -76,9 +76,28 @@ def sequence_logprobs(
         ValueError: the shapes differ, or cu_seqlens does not end at N.
     """
     check_tokens(mask, cu_seqlens, logprobs=logprobs)
+    backend = choose("logprobs", "sequence_logprobs", logprobs)
+    if backend != "reference" and (cu_seqlens is not None or mask.dim() == 2):
+        boundaries = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+        return _SequenceLogprobs.apply(logprobs.float(), mask.contiguous(), boundaries, average, backend)
     x = select(logprobs, mask)
     total = sequence_sum(x, cu_seqlens)
     return total / sequence_sum(mask.to(x.dtype), cu_seqlens).clamp(min=1) if average else total
+
+
+class _SequenceLogprobs(torch.autograd.Function):
+    """One launch each way: nothing but the mask and the counts is kept."""
+
+    @staticmethod
+    def forward(ctx, logprobs, mask, cu_seqlens, average, backend):
+        result, counts = _sequence_logprobs(logprobs.contiguous(), mask, cu_seqlens, average, backend)
+        ctx.save_for_backward(mask, cu_seqlens, counts)
+        ctx.average, ctx.backend = average, backend
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sequence_logprobs_backward(grad.contiguous(), *ctx.saved_tensors, ctx.average, ctx.backend), *[None] * 4
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -183,3 +202,27 @@ def _backward_(logits, *arguments):
 def _write_gradient(logits, *arguments_and_out):
     chosen = implementation("logprobs", "token_logprobs_backward", logits)
     chosen.token_logprobs_backward(logits, *arguments_and_out)
+
+
+def _fake_sequence_logprobs(logprobs, mask, cu_seqlens, *_):
+    rows = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return logprobs.new_empty(rows), logprobs.new_empty(rows)
+
+
+@register(
+    "sequence_logprobs(Tensor logprobs, Tensor mask, Tensor? cu_seqlens, bool average, str backend) -> "
+    "(Tensor, Tensor)",
+    _fake_sequence_logprobs,
+)
+def _sequence_logprobs(logprobs, mask, cu_seqlens, average, backend):
+    """The sums or averages, and how many tokens each is made of (float32)."""
+    return kernel("logprobs", backend).sequence_logprobs(logprobs, mask, cu_seqlens, average)
+
+
+@register(
+    "sequence_logprobs_backward(Tensor grad, Tensor mask, Tensor? cu_seqlens, Tensor counts, bool average, "
+    "str backend) -> Tensor",
+    lambda grad, mask, *_: grad.new_empty(mask.shape),
+)
+def _sequence_logprobs_backward(grad, mask, cu_seqlens, counts, average, backend):
+    return kernel("logprobs", backend).sequence_logprobs_backward(grad, mask, cu_seqlens, counts, average)

@@ -1,15 +1,22 @@
-"""The losses of policy and critic in PPO, GRPO and their relatives."""
+"""The losses of policy and critic in PPO, GRPO and their relatives.
+
+A kernel makes loss, metrics and gradient in one pass over the tokens: the loss of a token depends on its own numbers
+(and its sequence's), so its derivative is known as soon as they are read. The backward pass is one multiplication.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.dispatch import choose, kernel
 from rlhf_fast.kernels.kl import ESTIMATORS
-from rlhf_fast.kernels.segments import aggregate as aggregate_tokens
-from rlhf_fast.kernels.segments import check_tokens
+from rlhf_fast.kernels.registry import register
+from rlhf_fast.kernels.segments import AGGREGATES, check_tokens
 
 from . import reference
 from .reference import KINDS, LEVELS
+from .terms import FIGURES, VALUE_FIGURES, PolicyOptions, PolicyTokens, ValueTokens
 
 __all__ = ["KINDS", "LEVELS", "policy_loss", "value_loss"]
 
@@ -71,22 +78,30 @@ def policy_loss(
     Raises:
         ValueError: shapes differ, a name is unknown, or options contradict each other.
     """
-    tokens = {
+    per_token = {
         "logprobs": logprobs,
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
         "entropy": entropy,
     }
-    check_tokens(mask, cu_seqlens, **tokens)
+    check_tokens(mask, cu_seqlens, **per_token)
     _check_options(kind, clip_high, dual_clip, level, cu_seqlens, mask)
     _check_terms(ref_logprobs, kl_coef, kl_estimator, rollout_logprobs, is_clip, entropy, entropy_coef)
-    advantages = reference.token_advantages(advantages, mask, cu_seqlens)
-    clips = (clip_low, clip_low if clip_high is None else clip_high, dual_clip)
-    loss, metrics = reference.policy_token_loss(
-        tokens, advantages, mask, kind, clips, level, kl_coef, kl_estimator, is_clip, entropy_coef, cu_seqlens
+    _check_aggregate(aggregate, denominator, cu_seqlens)
+    _check_advantages(advantages, mask, cu_seqlens)
+    clip_high = clip_low if clip_high is None else clip_high
+    options = PolicyOptions(
+        kind, clip_low, clip_high, dual_clip, level, kl_coef, kl_estimator, is_clip, entropy_coef, aggregate
     )
-    return aggregate_tokens(loss, mask, aggregate, denominator, cu_seqlens), metrics
+    tokens = PolicyTokens(logprobs, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, entropy, cu_seqlens)
+    backend = choose("policy", "policy_loss", *(x for x in per_token.values() if x is not None))
+    if backend == "reference":
+        return reference.policy_loss(tokens, options, denominator)
+    loss, figures = _PolicyLoss.apply(*_one_layout(tokens), *_divisor(denominator, logprobs.device), *options, backend)
+    measured = {**dict.fromkeys(FIGURES[1:7], True), "kl": ref_logprobs is not None, "entropy": entropy is not None}
+    measured |= dict.fromkeys(FIGURES[9:], rollout_logprobs is not None)
+    return loss, {name: figure for name, figure in zip(FIGURES, figures.unbind()) if measured.get(name)}
 
 
 def value_loss(
@@ -120,8 +135,136 @@ def value_loss(
     check_tokens(mask, cu_seqlens, values=values, old_values=old_values, returns=returns)
     if clip is not None and old_values is None:
         raise ValueError("clip needs old_values; pass them, or clip=None for the plain squared error")
-    loss, metrics = reference.value_token_loss(values, old_values, returns, mask, clip)
-    return aggregate_tokens(loss, mask, aggregate, denominator, cu_seqlens), metrics
+    _check_aggregate(aggregate, denominator, cu_seqlens)
+    tokens = ValueTokens(values, old_values if clip is not None else None, returns, mask, cu_seqlens)
+    backend = choose("policy", "value_loss", *(x for x in (values, old_values, returns) if x is not None))
+    if backend == "reference":
+        return reference.value_loss(tokens, clip, aggregate, denominator)
+    divisor = _divisor(denominator, values.device)
+    loss, figures = _ValueLoss.apply(*_one_layout(tokens), *divisor, clip, aggregate, backend)
+    return loss, dict(zip(VALUE_FIGURES[1:], figures.unbind()[1:]))
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, old, advantages, mask, ref, rollout, entropy, *rest):
+        ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[6])
+        tensors = (logprobs, old, advantages, mask, ref, rollout, entropy)
+        loss, figures, *gradients = _policy_loss(*tensors, *rest, *ctx.needs)
+        ctx.save_for_backward(figures, *gradients)
+        ctx.backend = rest[-1]
+        ctx.mark_non_differentiable(figures)
+        return loss, figures
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        figures, *gradients = ctx.saved_tensors
+        of_logprobs, of_entropy = (
+            _scaled_gradient(gradient, grad, figures, ctx.backend) if need else None
+            for gradient, need in zip(gradients, ctx.needs)
+        )
+        return of_logprobs, *(None,) * 5, of_entropy, *(None,) * (len(ctx.needs_input_grad) - 7)
+
+
+class _ValueLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, *rest):
+        loss, figures, gradient = _value_loss(values, *rest, ctx.needs_input_grad[0])
+        ctx.save_for_backward(figures, gradient)
+        ctx.backend = rest[-1]
+        ctx.mark_non_differentiable(figures)
+        return loss, figures
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        figures, gradient = ctx.saved_tensors
+        gradient = _scaled_gradient(gradient, grad, figures, ctx.backend)
+        return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def _one_layout(tokens):
+    """Every tensor contiguous, floats in float32, padded tokens as (B, T): what the kernels take."""
+    packed = tokens.cu_seqlens is not None
+    mask = tokens.mask
+
+    def bring(x: Tensor | None) -> Tensor | None:
+        if x is None or x is tokens.cu_seqlens:
+            return x
+        if not packed and x.shape == mask.shape:
+            x = x.reshape(-1, mask.shape[-1]) if mask.dim() else x.reshape(1, 1)
+        return (x if x.dtype == torch.bool else x.float()).contiguous()
+
+    brought = tokens._replace(**{name: bring(x) for name, x in tokens._asdict().items()})
+    return brought._replace(cu_seqlens=tokens.cu_seqlens.to(torch.int32).contiguous()) if packed else brought
+
+
+def _divisor(denominator: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float]:
+    """The denominator as a tensor, or as a number in which 0 stands for the local count."""
+    if isinstance(denominator, Tensor):
+        return denominator.detach().to(device, torch.float32).reshape(()), 0.0
+    return None, 0.0 if denominator is None else float(denominator)
+
+
+_SUM = "Tensor? denominator, float divisor"
+_POLICY_TENSORS = (
+    "Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? rollout_logprobs, Tensor? entropy, Tensor? cu_seqlens"
+)
+_POLICY_OPTIONS = (
+    "str kind, float clip_low, float clip_high, float? dual_clip, str level, float kl_coef, str kl_estimator, "
+    "float? is_clip, float entropy_coef, str aggregate, str backend"
+)
+
+
+def _fake_policy_loss(logprobs, *rest):
+    need_gradient, need_entropy_gradient = rest[-2:]
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(len(FIGURES)),
+        logprobs.new_empty(logprobs.shape if need_gradient else (0,)),
+        logprobs.new_empty(logprobs.shape if need_entropy_gradient else (0,)),
+    )
+
+
+@register(
+    f"policy_loss({_POLICY_TENSORS}, {_SUM}, {_POLICY_OPTIONS}, bool need_gradient, bool need_entropy_gradient) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _fake_policy_loss,
+)
+def _policy_loss(*arguments):
+    tensors, (denominator, divisor), options = arguments[:8], arguments[8:10], arguments[10:20]
+    backend, *needs = arguments[20:]
+    return kernel("policy", backend).policy_loss(
+        PolicyTokens(*tensors), PolicyOptions(*options), denominator, divisor, *needs
+    )
+
+
+def _fake_value_loss(values, *rest):
+    need_gradient = rest[-1]
+    return (
+        values.new_empty(()),
+        values.new_empty(len(VALUE_FIGURES)),
+        values.new_empty(values.shape if need_gradient else (0,)),
+    )
+
+
+@register(
+    f"value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, Tensor? cu_seqlens, {_SUM}, "
+    "float? clip, str aggregate, str backend, bool need_gradient) -> (Tensor, Tensor, Tensor)",
+    _fake_value_loss,
+)
+def _value_loss(values, old, returns, mask, cu_seqlens, denominator, divisor, clip, aggregate, backend, need_gradient):
+    tokens = ValueTokens(values, old, returns, mask, cu_seqlens)
+    return kernel("policy", backend).value_loss(tokens, clip, aggregate, denominator, divisor, need_gradient)
+
+
+@register(
+    "scaled_gradient(Tensor gradient, Tensor grad, Tensor figures, str backend) -> Tensor",
+    lambda gradient, *_: torch.empty_like(gradient),
+)
+def _scaled_gradient(gradient, grad, figures, backend):
+    """gradient * grad * scale, with the saved gradient left as it is for another backward pass."""
+    return kernel("policy", backend).scaled_gradient(gradient, grad, figures)
 
 
 def _check_options(kind, clip_high, dual_clip, level, cu_seqlens, mask) -> None:
@@ -137,6 +280,24 @@ def _check_options(kind, clip_high, dual_clip, level, cu_seqlens, mask) -> None:
         raise ValueError(f"kind='reinforce' has no ratio, so level={level!r} would have no effect")
     if level != "token" and cu_seqlens is None and mask.dim() != 2:
         raise ValueError(f"level={level!r} needs (B, T) tokens, or packed ones with cu_seqlens")
+
+
+def _check_aggregate(aggregate, denominator, cu_seqlens) -> None:
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"unknown aggregate {aggregate!r}; known: {', '.join(AGGREGATES)}")
+    if aggregate == "constant" and denominator is None and cu_seqlens is not None:
+        raise ValueError("aggregate='constant' needs a denominator for packed tokens, e.g. B * max_length")
+    if isinstance(denominator, (int, float)) and not denominator > 0:
+        raise ValueError(f"denominator must be positive, got {denominator}; None takes the local count")
+
+
+def _check_advantages(advantages, mask, cu_seqlens) -> None:
+    rows = mask.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if advantages.shape != mask.shape and advantages.shape != (rows,):
+        raise ValueError(
+            f"advantages must be one per sequence ({rows},) or one per token {tuple(mask.shape)}, "
+            f"got {tuple(advantages.shape)}"
+        )
 
 
 def _check_terms(ref_logprobs, kl_coef, kl_estimator, rollout_logprobs, is_clip, entropy, entropy_coef) -> None:

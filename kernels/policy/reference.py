@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels.kl import kl_penalty
-from rlhf_fast.kernels.segments import masked_mean, select, sequence_sum, to_tokens
+from rlhf_fast.kernels.segments import aggregate, masked_mean, select, sequence_sum, to_tokens
+
+from .terms import PolicyOptions, PolicyTokens, ValueTokens
 
 LEVELS = ("token", "sequence", "sequence_token")
 
 # exp(80) is a finite float32: beyond it a clipped token's gradient would be 0 * inf
-_MAX_LOG_RATIO = 80.0
+MAX_LOG_RATIO = 80.0
 
 
 def _clip(logprobs, ratio, advantages, low, high, dual):
@@ -36,65 +38,47 @@ def _reinforce(logprobs, ratio, advantages, low, high, dual):
 KINDS = {"clip": _clip, "cispo": _cispo, "reinforce": _reinforce}
 
 
-def token_advantages(advantages: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Bring (B,) or per-token advantages to the mask's shape, 0 where masked."""
-    if advantages.shape != mask.shape:
-        rows = mask.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        if advantages.dim() != 1 or len(advantages) != rows:
-            raise ValueError(
-                f"advantages must be one per sequence ({rows},) or one per token {tuple(mask.shape)}, "
-                f"got {tuple(advantages.shape)}"
-            )
-        advantages = to_tokens(advantages, mask, cu_seqlens)
-    return select(advantages, mask)
-
-
-def policy_token_loss(
-    tokens: dict[str, Tensor | None],
-    advantages: Tensor,
-    mask: Tensor,
-    kind: str,
-    clips: tuple[float, float, float | None],
-    level: str,
-    kl_coef: float,
-    kl_estimator: str,
-    is_clip: float | None,
-    entropy_coef: float,
-    cu_seqlens: Tensor | None,
+def policy_loss(
+    tokens: PolicyTokens, options: PolicyOptions, denominator: Tensor | float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token, 0 where masked, and the metrics."""
-    logprobs, old, ref, rollout, entropy = (None if x is None else select(x, mask) for x in tokens.values())
+    """The loss, differentiable in logprobs and entropy, and the metrics."""
+    mask, cu_seqlens, o = tokens.mask, tokens.cu_seqlens, options
+    advantages = _token_advantages(tokens.advantages, mask, cu_seqlens)
+    per_token = (tokens.logprobs, tokens.old_logprobs, tokens.ref_logprobs, tokens.rollout_logprobs, tokens.entropy)
+    logprobs, old, ref, rollout, entropy = (None if x is None else select(x, mask) for x in per_token)
     old = logprobs.detach() if old is None else old
     log_ratio = logprobs - old
-    ratio = _ratio(log_ratio, mask, level, cu_seqlens)
-    loss, low, high = KINDS[kind](logprobs, ratio, advantages, *clips)
+    ratio = _ratio(log_ratio, mask, o.level, cu_seqlens)
+    loss, low, high = KINDS[o.kind](logprobs, ratio, advantages, o.clip_low, o.clip_high, o.dual_clip)
     metrics = _ratio_metrics(log_ratio.detach(), ratio.detach(), low, high, mask)
     if rollout is not None:
-        is_ratio = (old - rollout).detach().clamp(max=_MAX_LOG_RATIO).exp()
+        is_ratio = (old - rollout).detach().clamp(max=MAX_LOG_RATIO).exp()
         metrics |= _rollout_metrics(is_ratio, old.detach(), rollout, mask)
-        if is_clip is not None:
-            loss = loss * is_ratio.clamp(max=is_clip)
+        if o.is_clip is not None:
+            loss = loss * is_ratio.clamp(max=o.is_clip)
     if ref is not None:
-        kl = kl_penalty(logprobs, ref, kl_estimator)
+        kl = kl_penalty(logprobs, ref, o.kl_estimator)
         metrics["kl"] = masked_mean(kl.detach(), mask)
-        if kl_coef:
-            loss = loss + kl_coef * kl
+        if o.kl_coef:
+            loss = loss + o.kl_coef * kl
     if entropy is not None:
         metrics["entropy"] = masked_mean(entropy.detach(), mask)
-        if entropy_coef:
-            loss = loss - entropy_coef * entropy
-    return torch.where(mask, loss, 0.0), metrics
+        if o.entropy_coef:
+            loss = loss - o.entropy_coef * entropy
+    loss = torch.where(mask, loss, 0.0)
+    return aggregate(loss, mask, o.aggregate, denominator, cu_seqlens), metrics
 
 
-def value_token_loss(
-    values: Tensor, old_values: Tensor | None, returns: Tensor, mask: Tensor, clip: float | None
+def value_loss(
+    tokens: ValueTokens, clip: float | None, how: str, denominator: Tensor | float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token, 0 where masked, and the metrics."""
-    values, returns = select(values, mask), select(returns, mask)
+    """The loss, differentiable in values, and the metrics."""
+    mask = tokens.mask
+    values, returns = select(tokens.values, mask), select(tokens.returns, mask)
     error = (values - returns).square()
     clipped_share = values.new_zeros(())
     if clip is not None:
-        old = select(old_values, mask)
+        old = select(tokens.old_values, mask)
         # as a clamp of the difference: min and max of old +- clip would round twice
         clipped = (old + (values - old).clamp(-clip, clip) - returns).square()
         clipped_share = masked_mean((clipped > error).float(), mask)
@@ -104,7 +88,15 @@ def value_token_loss(
         "value_mean": masked_mean(values.detach(), mask),
         "return_mean": masked_mean(returns.detach(), mask),
     }
-    return torch.where(mask, 0.5 * error, 0.0), metrics
+    loss = torch.where(mask, 0.5 * error, 0.0)
+    return aggregate(loss, mask, how, denominator, tokens.cu_seqlens), metrics
+
+
+def _token_advantages(advantages: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Bring (B,) or per-token advantages to the mask's shape, 0 where masked, without gradient."""
+    if advantages.shape != mask.shape:
+        advantages = to_tokens(advantages, mask, cu_seqlens)
+    return select(advantages.detach(), mask)
 
 
 def _ratio(log_ratio: Tensor, mask: Tensor, level: str, cu_seqlens: Tensor | None) -> Tensor:
@@ -117,7 +109,7 @@ def _ratio(log_ratio: Tensor, mask: Tensor, level: str, cu_seqlens: Tensor | Non
             log_ratio = to_tokens(mean.detach(), mask, cu_seqlens) + (log_ratio - log_ratio.detach())
         else:
             log_ratio = to_tokens(mean, mask, cu_seqlens).expand_as(log_ratio)
-    return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> dict[str, Tensor]:

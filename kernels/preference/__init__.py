@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.dispatch import choose, kernel
+from rlhf_fast.kernels.registry import register
 from rlhf_fast.kernels.segments import promote
 
 from .reference import KINDS, SMOOTHED
@@ -51,6 +54,47 @@ def dpo_loss(
     if not chosen.shape == rejected.shape == ref_chosen.shape == ref_rejected.shape:
         shapes = [tuple(x.shape) for x in (chosen, rejected, ref_chosen, ref_rejected)]
         raise ValueError(f"chosen, rejected, ref_chosen and ref_rejected must share one shape, got {shapes}")
-    w = promote(chosen) - promote(ref_chosen)
-    l = promote(rejected) - promote(ref_rejected)
-    return KINDS[kind](w, l, beta, label_smoothing), (beta * w).detach(), (beta * l).detach()
+    tensors = (chosen, rejected, ref_chosen, ref_rejected)
+    backend = choose("preference", "dpo_loss", *tensors)
+    if backend == "reference":
+        chosen, rejected, ref_chosen, ref_rejected = map(promote, tensors)
+        w, l = chosen - ref_chosen, rejected - ref_rejected
+        return KINDS[kind](w, l, beta, label_smoothing), (beta * w).detach(), (beta * l).detach()
+    return _DpoLoss.apply(*(x.float() for x in tensors), float(beta), kind, float(label_smoothing), backend)
+
+
+class _DpoLoss(torch.autograd.Function):
+    """The slopes are made with the losses, in one launch; going back is one multiplication."""
+
+    @staticmethod
+    def forward(ctx, chosen, rejected, ref_chosen, ref_rejected, *options):
+        ctx.needs = ctx.needs_input_grad[:4]
+        tensors = (x.contiguous() for x in (chosen, rejected, ref_chosen, ref_rejected))
+        losses, chosen_rewards, rejected_rewards, slopes = _dpo_loss(*tensors, *options, any(ctx.needs))
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+        return losses, chosen_rewards, rejected_rewards
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        (slopes,) = ctx.saved_tensors
+        of_chosen, of_rejected = (grad * slopes).unbind()
+        # the loss sees the reference only through the differences
+        grads = [lambda: of_chosen, lambda: of_rejected, lambda: -of_chosen, lambda: -of_rejected]
+        return *(make() if need else None for make, need in zip(grads, ctx.needs)), *(None,) * 4
+
+
+def _fake_dpo_loss(chosen, *rest):
+    need_slopes = rest[-1]
+    slopes = chosen.new_empty((2, *chosen.shape) if need_slopes else (0,))
+    return torch.empty_like(chosen), torch.empty_like(chosen), torch.empty_like(chosen), slopes
+
+
+@register(
+    "dpo_loss(Tensor chosen, Tensor rejected, Tensor ref_chosen, Tensor ref_rejected, float beta, str kind, "
+    "float label_smoothing, str backend, bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_dpo_loss,
+)
+def _dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing, backend, need_slopes):
+    tensors = (chosen, rejected, ref_chosen, ref_rejected)
+    return kernel("preference", backend).dpo_loss(*tensors, beta, kind, label_smoothing, need_slopes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.dispatch import choose, kernel
+from rlhf_fast.kernels.registry import register
 from rlhf_fast.kernels.segments import promote
 
 from . import reference
@@ -32,8 +34,12 @@ def pairwise_reward_loss(
     if chosen.shape != rejected.shape or (margin is not None and margin.shape != chosen.shape):
         shapes = [tuple(x.shape) for x in (chosen, rejected, margin) if x is not None]
         raise ValueError(f"chosen, rejected and margin must share one shape, got {shapes}")
-    margin = None if margin is None else promote(margin)
-    return reference.pairwise_reward_loss(promote(chosen), promote(rejected), margin, center)
+    backend = choose("reward", "pairwise_reward_loss", *(x for x in (chosen, rejected, margin) if x is not None))
+    if backend == "reference" or (margin is not None and margin.requires_grad):
+        margin = None if margin is None else promote(margin)
+        return reference.pairwise_reward_loss(promote(chosen), promote(rejected), margin, center)
+    margin = None if margin is None else margin.float()
+    return _PairwiseRewardLoss.apply(chosen.float(), rejected.float(), margin, float(center), backend)
 
 
 def ranked_reward_loss(scores: Tensor, mask: Tensor) -> Tensor:
@@ -58,3 +64,34 @@ def ranked_reward_loss(scores: Tensor, mask: Tensor) -> Tensor:
             f"{tuple(mask.shape)} {mask.dtype}"
         )
     return reference.ranked_reward_loss(promote(scores), mask)
+
+
+class _PairwiseRewardLoss(torch.autograd.Function):
+    """The slopes are made with the losses, in one launch; going back is one multiplication."""
+
+    @staticmethod
+    def forward(ctx, chosen, rejected, margin, center, backend):
+        ctx.needs = ctx.needs_input_grad[:2]
+        tensors = (None if x is None else x.contiguous() for x in (chosen, rejected, margin))
+        losses, slopes = _pairwise_reward_loss(*tensors, center, backend, any(ctx.needs))
+        ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slopes,) = ctx.saved_tensors
+        grads = (grad * slopes).unbind()
+        return *(g if need else None for g, need in zip(grads, ctx.needs)), None, None, None
+
+
+def _fake_pairwise_reward_loss(chosen, rejected, margin, center, backend, need_slopes):
+    return torch.empty_like(chosen), chosen.new_empty((2, *chosen.shape) if need_slopes else (0,))
+
+
+@register(
+    "pairwise_reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center, str backend, "
+    "bool need_slopes) -> (Tensor, Tensor)",
+    _fake_pairwise_reward_loss,
+)
+def _pairwise_reward_loss(chosen, rejected, margin, center, backend, need_slopes):
+    return kernel("reward", backend).pairwise_reward_loss(chosen, rejected, margin, center, need_slopes)

@@ -1,6 +1,6 @@
 """Choose who computes an operation: the CPU, Triton or CUDA kernel of its family, or the plain PyTorch reference.
 
-Only operations with something to choose from are listed in ``OPS``; the losses are plain PyTorch and ask nobody.
+Only operations with something to choose from are listed in ``OPS``; the others are plain PyTorch and ask nobody.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 OPS = {
-    "logprobs": ("token_logprobs_forward", "token_logprobs_backward"),
+    "logprobs": ("token_logprobs_forward", "token_logprobs_backward", "sequence_logprobs"),
     "linear_logprobs": ("head_rows",),
-    "advantages": ("gae", "gae_packed"),
+    "advantages": ("gae", "gae_packed", "kl_shaped_gae", "shaped_rewards", "whiten", "group_advantages"),
+    "kl": ("kl_penalty",),
+    "policy": ("policy_loss", "value_loss"),
+    "preference": ("dpo_loss",),
+    "reward": ("pairwise_reward_loss",),
 }
 
 # A plain global, not a context variable: autograd runs CUDA backward passes in a thread of its own.
@@ -61,25 +65,61 @@ def use_backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def implementation(family: str, op: str, *tensors: Tensor, **options) -> ModuleType:
-    """Return the module of ``kernels/<family>/`` that will run ``op`` on these tensors.
+def choose(family: str, op: str, *tensors: Tensor, **options) -> str:
+    """Return the backend that will run ``op`` on these tensors.
+
+    Operations whose reference is differentiable PyTorch ask before they enter their autograd.Function: "reference"
+    means no function, no kernel. Inside ``torch.compile`` the answer is fixed when the graph is made.
 
     Raises:
         ValueError: ``RLHF_FAST_BACKEND`` holds an unknown name.
-        RuntimeError: no backend named by the user can run the call; the message says why.
+        RuntimeError: the backends named by the user have a kernel for ``op``, but it cannot run here; says why.
     """
+    if torch.compiler.is_compiling():
+        dtypes = tuple(tensor.dtype for tensor in tensors)
+        return _choose_for_graph(family, op, tensors[0].device.type, dtypes)
+    return _choose(family, op, *tensors, **options)
+
+
+def _choose_for_graph(family: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    return _choose(family, op, *(torch.empty(0, device=device, dtype=dtype) for dtype in dtypes))
+
+
+# torch.compiler.assume_constant_result, without its import of the whole compiler (and Triton) by everyone
+_choose_for_graph._dynamo_marked_constant = True
+
+
+def _choose(family: str, op: str, *tensors: Tensor, **options) -> str:
     refused = {}
     for backend in _order(tensors[0].device.type):
         reason = available(family, backend, op, *tensors, **options)
         if reason is None:
-            return _load(family, backend)
-        refused[backend] = reason
+            return backend
+        if _has_kernel(family, backend, op):
+            refused[backend] = reason
+    if not refused:
+        # naming a backend means its kernels: what it has no kernel for is plain PyTorch, as under `auto`
+        return "reference"
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in refused.items())
     raise RuntimeError(f"no backend named by RLHF_FAST_BACKEND or use_backend() can run {op} here ({reasons})")
 
 
+def kernel(family: str, backend: str) -> ModuleType:
+    """Return the module of ``kernels/<family>/`` that holds a backend chosen before."""
+    return _load(family, backend)
+
+
+def implementation(family: str, op: str, *tensors: Tensor, **options) -> ModuleType:
+    """Return the module of ``kernels/<family>/`` that will run ``op`` on these tensors; raises as :func:`choose`."""
+    return _load(family, choose(family, op, *tensors, **options))
+
+
 def available(family: str, backend: str, op: str, *tensors: Tensor, **options) -> str | None:
     """Return None if ``backend`` can run ``op`` on these tensors, else the reason it cannot."""
+    if backend == "reference":
+        return None
+    if not _has_kernel(family, backend, op):
+        return f"there is no {backend} kernel for {op}"
     module = _load(family, backend)
     return module if isinstance(module, str) else module.unsupported(op, *tensors, **options)
 
@@ -92,8 +132,11 @@ def backend_report() -> list[BackendRow]:
         for family, ops in OPS.items():
             for op in ops:
                 answers = {backend: available(family, backend, op, probe) for backend in BACKENDS}
-                chosen = next((backend for backend in _order(device) if answers[backend] is None), "none")
                 refused = {backend: reason for backend, reason in answers.items() if reason is not None}
+                try:
+                    chosen = choose(family, op, probe)
+                except RuntimeError:
+                    chosen = "none"
                 rows.append(BackendRow(op, device, chosen, refused))
     return rows
 
@@ -115,12 +158,18 @@ def _preference(name: str) -> tuple[str, ...]:
     return names
 
 
+def _has_kernel(family: str, backend: str, op: str) -> bool:
+    """Whether ``backend`` has a kernel for ``op``, able to run or not. A module that fails to import counts as able."""
+    module = _load(family, backend)
+    return module is not None and (isinstance(module, str) or hasattr(module, op))
+
+
 @cache
-def _load(family: str, backend: str) -> ModuleType | str:
-    """The backend's module, or why it cannot be imported; cached either way, as a failed import is slow to repeat."""
+def _load(family: str, backend: str) -> ModuleType | str | None:
+    """The backend's module; why it cannot be imported; or None if there is none. Cached, as failures repeat slowly."""
     name = f"rlhf_fast.kernels.{family}." + ("reference" if backend == "reference" else f"{backend}_impl")
     if importlib.util.find_spec(name) is None:
-        return f"{family} has no {backend} kernel"
+        return None
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -31,13 +31,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and metadata.version("triton").star
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Run the test on one backend. The test module names the dispatched operations it needs in ``FAMILY``."""
+    """Run the test on one backend that has kernels for the ``FAMILY`` of the test module."""
     family = request.module.FAMILY
     probe = torch.zeros(1, 1, device=device_of(request.param))
-    for op in OPS[family]:
-        reason = available(family, request.param, op, probe)
-        if reason is not None:
-            pytest.skip(f"{request.param}: {reason}")
+    reasons = [available(family, request.param, op, probe) for op in OPS[family]]
+    if None not in reasons:
+        pytest.skip(f"{request.param}: {reasons[0]}")
     with use_backend(request.param):
         yield request.param
 

@@ -25,6 +25,7 @@ def fake_cpu(monkeypatch):
     """A CPU backend that accepts float32, whether or not the native module is built."""
     module = types.SimpleNamespace(
         __name__="x.cpu_impl",
+        gae=gae,
         unsupported=lambda op, *t, **o: None if t[0].dtype == torch.float32 else "float32 only",
     )
     load = dispatch._load
@@ -111,7 +112,7 @@ def test_what_cannot_be_imported_says_so(monkeypatch):
     finally:
         dispatch._load.cache_clear()
     monkeypatch.undo()
-    assert "preference has no cuda kernel" in available("preference", "cuda", "dpo_loss", *ARGUMENTS)
+    assert "no cpu kernel for dpo_loss" in available("preference", "cpu", "dpo_loss", *ARGUMENTS)
 
 
 def test_the_report_names_one_backend_per_operation_and_device():
@@ -121,7 +122,15 @@ def test_the_report_names_one_backend_per_operation_and_device():
         assert row.backend in BACKENDS and row.backend not in row.refused
     with use_backend("cuda"):
         if not torch.cuda.is_available():
-            assert {row.backend for row in backend_report()} == {"none"}
+            # "reference" where there is no CUDA kernel to name
+            assert {row.backend for row in backend_report()} <= {"none", "reference"}
+            assert {row.backend for row in backend_report() if row.op == "gae"} == {"none"}
+
+
+def test_a_named_backend_without_a_kernel_for_an_operation_is_no_refusal():
+    """`RLHF_FAST_BACKEND=cpu` names the CPU kernels; whitening has none of its own and stays plain PyTorch."""
+    with use_backend("cpu"):
+        assert dispatch.choose("preference", "dpo_loss", *ARGUMENTS) == "reference"
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])

@@ -1,0 +1,97 @@
+// The CPU operations as Python functions: rlhf_fast._C.cpu.
+#include "../bindings.h"
+
+#include "ops.h"
+
+namespace rlhf_fast {
+namespace {
+
+void token_logprobs_forward(Address data, int dtype, int64_t rows, int64_t columns, int64_t row_stride, Address labels,
+                            int64_t ignore_index, float temperature, float softcap, Address logprobs, Address entropy,
+                            Address lse, int threads) {
+  check_threads(threads);
+  const ConstMatrix logits = const_matrix(data, dtype, rows, columns, row_stride);
+  const Head head = head_of(labels, logits, ignore_index, 1.0f, temperature, softcap);
+  cpu_ops().token_logprobs_forward(logits, head, row_statistics(logprobs, entropy, lse, rows), threads);
+}
+
+void token_logprobs_backward(Address data, int dtype, int64_t rows, int64_t columns, int64_t row_stride, Address labels,
+                             int64_t ignore_index, float temperature, float softcap, Address lse, Address entropy,
+                             Address grad_logprobs, Address grad_entropy, float logit_scale, Address result,
+                             int result_dtype, int64_t result_stride, int threads) {
+  check_threads(threads);
+  const ConstMatrix logits = const_matrix(data, dtype, rows, columns, row_stride);
+  const Head head = head_of(labels, logits, ignore_index, logit_scale, temperature, softcap);
+  const UpstreamGradients gradients{pointer<const float>(grad_logprobs, rows, "grad_logprobs"),
+                                    optional_pointer<const float>(grad_entropy)};
+  cpu_ops().token_logprobs_backward(logits, head, pointer<const double>(lse, rows, "lse"),
+                                    pointer<const float>(entropy, rows, "entropy"), gradients,
+                                    matrix(result, result_dtype, result_stride, logits), threads);
+}
+
+void head_rows(Address data, int64_t rows, int64_t columns, int64_t row_stride, Address labels, int64_t ignore_index,
+               float logit_scale, float temperature, float softcap, Address logprobs, Address entropy, Address lse,
+               Address result, int result_dtype, int64_t result_stride, int threads) {
+  check_threads(threads);
+  const ConstMatrix logits = const_matrix(data, static_cast<int>(Dtype::float32), rows, columns, row_stride);
+  const Head head = head_of(labels, logits, ignore_index, logit_scale, temperature, softcap);
+  const Matrix out = result ? matrix(result, result_dtype, result_stride, logits) : Matrix{};
+  cpu_ops().head_rows(logits, head, row_statistics(logprobs, entropy, lse, rows), out, threads);
+}
+
+// The kernel trusts the offsets with memory: they must rise from 0 to the number of tokens.
+void check_offsets(const Sequences& sequences, int64_t tokens) {
+  int64_t previous = 0;
+  for (int64_t i = 0; i <= sequences.count; i++) {
+    const int64_t offset = sequences.offsets[i];
+    if (offset < previous || (i == 0 && offset != 0) || (i == sequences.count && offset != tokens)) {
+      throw std::invalid_argument("cu_seqlens must rise from 0 to the number of tokens, " + std::to_string(tokens) +
+                                  "; entry " + std::to_string(i) + " is " + std::to_string(offset));
+    }
+    previous = offset;
+  }
+}
+
+void gae(Address rewards, Address values, Address mask, Address bootstrap, int64_t count, int64_t length, float gamma,
+         float lam, Address advantages, Address returns, int threads) {
+  check_threads(threads);
+  const Sequences sequences = sequences_of(count, length, 0);
+  const int64_t tokens = count * length;
+  cpu_ops().gae(sequences, gae_inputs(rewards, values, mask, bootstrap, gamma, lam, tokens),
+                pointer<float>(advantages, tokens, "advantages"), pointer<float>(returns, tokens, "returns"), threads);
+}
+
+void gae_packed(Address rewards, Address values, Address mask, Address bootstrap, int64_t tokens, Address cu_seqlens,
+                int64_t count, float gamma, float lam, Address advantages, Address returns, int threads) {
+  check_threads(threads);
+  check_size(tokens, "tokens");
+  pointer<const int32_t>(cu_seqlens, count + 1, "cu_seqlens");
+  const Sequences sequences = sequences_of(count, 0, cu_seqlens);
+  check_offsets(sequences, tokens);
+  cpu_ops().gae(sequences, gae_inputs(rewards, values, mask, bootstrap, gamma, lam, tokens),
+                pointer<float>(advantages, tokens, "advantages"), pointer<float>(returns, tokens, "returns"), threads);
+}
+
+py::tuple isas() {
+  py::list names;
+  for (const char* const* name = supported_isas(); *name; ++name) {
+    names.append(*name);
+  }
+  return py::tuple(names);
+}
+
+}  // namespace
+
+void bind_cpu(py::module_ m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("isas", &isas, "Instruction sets this processor runs, widest first.");
+  m.def("isa", [] { return cpu_ops().name; }, "The instruction set in use (RLHF_FAST_CPU_ISA names one).");
+  m.def("select_isa", &select_isa, py::arg("name"));
+  m.def("token_logprobs_forward", &token_logprobs_forward, release());
+  m.def("token_logprobs_backward", &token_logprobs_backward, release());
+  m.def("head_rows", &head_rows, release());
+  m.def("gae", &gae, release());
+  m.def("gae_packed", &gae_packed, release());
+}
+
+}  // namespace rlhf_fast
