@@ -105,4 +105,29 @@ inline GaeInputs gae_inputs(Address rewards, Address values, Address mask, Addre
           lam};
 }
 
+// A code of an enum whose last enumerator is `last`.
+template <class Enum>
+Enum enumerator(int code, Enum last, const char* name) {
+  if (code < 0 || code > static_cast<int>(last)) {
+    throw std::invalid_argument(std::string(name) + " code " + std::to_string(code) + " is unknown");
+  }
+  return static_cast<Enum>(code);
+}
+
+inline Reduction reduction_of(int aggregate, Address denominator, float divisor) {
+  return {enumerator(aggregate, Aggregate::constant, "aggregate"), optional_pointer<const float>(denominator), divisor};
+}
+
+inline PolicyTerms policy_terms(int kind, float lower, float upper, float dual_clip, float is_clip, float kl_coef,
+                                int kl_estimator, float entropy_coef) {
+  return {enumerator(kind, PolicyKind::reinforce, "kind"),
+          lower,
+          upper,
+          dual_clip,
+          is_clip,
+          kl_coef,
+          enumerator(kl_estimator, KlEstimator::abs, "KL estimator"),
+          entropy_coef};
+}
+
 }  // namespace rlhf_fast

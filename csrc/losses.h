@@ -51,38 +51,50 @@ RF_HD Estimate kl_estimate(float d, KlEstimator estimator) {
 
 // beyond it exp overflows a float, and a clipped token's gradient would be 0 * inf
 constexpr float MAX_LOG_RATIO = 80.0f;
+constexpr float MAX_RATIO = 5.5406224e34f;  // its exponential
 
+// Bounded after the exponential, which the KL of the same log-ratio then shares.
 RF_HD float importance_ratio(float log_ratio) {
-  return exponential(log_ratio < MAX_LOG_RATIO ? log_ratio : MAX_LOG_RATIO);
+  return log_ratio > MAX_LOG_RATIO ? MAX_RATIO : exponential(log_ratio);
 }
 
 struct Surrogate {
   float loss;
   float through_ratio;  // d loss / d log-ratio
   float direct;         // d loss / d logprob beside the ratio
-  bool low;             // clipped from below
-  bool high;            // clipped from above
+  float low;            // 1 if clipped from below, else 0
+  float high;           // the same from above
 };
 
-// `log_ratio` is that of the token or of its sequence, as the level has it.
-RF_HD Surrogate surrogate(float logprob, float log_ratio, float advantage, const PolicyTerms& terms) {
+// `log_ratio` is that of the token or of its sequence, as the level has it. Here and below conditions choose between
+// two numbers and nothing else: combined with && and ||, or kept as flags, they cost the compiler its vectors.
+RF_HD Surrogate clipped_surrogate(float log_ratio, float advantage, const PolicyTerms& terms) {
   const float ratio = importance_ratio(log_ratio);
+  const float from_below = ratio < terms.lower ? terms.lower : ratio;
+  const float bounded = from_below > terms.upper ? terms.upper : from_below;
+  const float unclipped = ratio * advantage;
+  const float clipped = bounded * advantage;
+  const float loss = -(clipped < unclipped ? clipped : unclipped);
+  const float slope = clipped < unclipped ? 0.0f : -unclipped;
+  const float bound = advantage < 0.0f ? -terms.dual_clip * advantage : infinity();
+  const float follows = loss > bound ? 0.0f : slope;
+  const float if_bad = advantage < 0.0f ? 1.0f : 0.0f;
+  const float if_good = advantage > 0.0f ? 1.0f : 0.0f;
+  return {loss > bound ? bound : loss, log_ratio > MAX_LOG_RATIO ? 0.0f : follows, 0.0f,
+          ratio < terms.lower ? if_bad : 0.0f, ratio > terms.upper ? if_good : 0.0f};
+}
+
+RF_HD Surrogate surrogate(float logprob, float log_ratio, float advantage, const PolicyTerms& terms) {
   if (terms.kind == PolicyKind::clip) {
-    const float bounded = ratio < terms.lower ? terms.lower : ratio > terms.upper ? terms.upper : ratio;
-    const float unclipped = ratio * advantage;
-    const float clipped = bounded * advantage;
-    const bool follows = !(clipped < unclipped) && !(log_ratio > MAX_LOG_RATIO);
-    const float loss = -(clipped < unclipped ? clipped : unclipped);
-    const float bound = -terms.dual_clip * advantage;
-    const bool dual = advantage < 0.0f && loss > bound;
-    return {dual ? bound : loss, follows && !dual ? -unclipped : 0.0f, 0.0f,
-            ratio < terms.lower && advantage<0.0f, ratio> terms.upper && advantage > 0.0f};
+    return clipped_surrogate(log_ratio, advantage, terms);
   }
   if (terms.kind == PolicyKind::cispo) {
+    const float ratio = importance_ratio(log_ratio);
     const float weight = (ratio > terms.upper ? terms.upper : ratio) * advantage;
-    return {-weight * logprob, 0.0f, -weight, false, ratio > terms.upper && advantage > 0.0f};
+    const float if_good = advantage > 0.0f ? 1.0f : 0.0f;
+    return {-weight * logprob, 0.0f, -weight, 0.0f, ratio > terms.upper ? if_good : 0.0f};
   }
-  return {-advantage * logprob, 0.0f, -advantage, false, false};
+  return {-advantage * logprob, 0.0f, -advantage, 0.0f, 0.0f};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -91,21 +103,23 @@ RF_HD Surrogate surrogate(float logprob, float log_ratio, float advantage, const
 
 struct ValueError {
   float loss;
-  float slope;  // d loss / d value
-  bool clipped;
+  float slope;    // d loss / d value
+  float clipped;  // 1 if the clipped error counts, else 0
 };
 
-// clip is infinity for the plain squared error.
+// Without a clip (infinity) old_value may be any number.
 RF_HD ValueError value_error(float value, float old_value, float target, float clip) {
   const float error = value - target;
   const float moved = value - old_value;
-  const bool inside = absolute(moved) <= clip;
   // as a clamp of the difference: min and max of old +- clip would round twice
-  const float bounded = old_value + (moved < -clip ? -clip : moved > clip ? clip : moved);
-  const float clipped_error = bounded - target;
-  const bool clipped = clip < infinity() && clipped_error * clipped_error > error * error;
-  const float used = clipped ? clipped_error : error;
-  return {0.5f * used * used, clipped && !inside ? 0.0f : used, clipped};
+  const float from_below = moved < -clip ? -clip : moved;
+  const float bounded = from_below > clip ? clip : from_below;
+  // a value that is not clipped keeps its error, which old + bounded - target would round
+  const float clipped_error = bounded == moved ? error : old_value + bounded - target;
+  const float square = error * error;
+  const float clipped_square = clipped_error * clipped_error;
+  const float larger = clipped_square <= square ? square : clipped_square;  // NaN if either is
+  return {0.5f * larger, clipped_square > square ? 0.0f : error, clipped_square > square ? 1.0f : 0.0f};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

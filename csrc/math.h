@@ -127,15 +127,21 @@ struct Exponent {
 };
 
 RF_HD Exponent split_exponent(float x) {
-  const float shifted = x * LOG2_E + ROUNDER;
+  const float shifted = fused(x, LOG2_E, ROUNDER);
   const float n = shifted - ROUNDER;
   // ln 2 in two parts, the first so short that n times it is exact
-  return {bits_of(shifted), ((x - n * 0.693359375f) - n * -2.12194440e-4f) * LOG2_E};
+  return {bits_of(shifted), fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x)) * LOG2_E};
+}
+
+// Both exponentials bound x like this: whoever needs both pays for one.
+RF_HD float bounded_exponent(float x) {
+  const float from_below = x < -86.0f ? -86.0f : x;
+  return from_below > 88.72283f ? 88.72283f : from_below;
 }
 
 // e^x, relative error below 1.3e-7. Overflows to infinity, is 0 below -86 and NaN for NaN.
 RF_HD float exponential(float x) {
-  const Exponent parts = split_exponent(x < -86.0f ? -86.0f : x > 88.72283f ? 88.72283f : x);
+  const Exponent parts = split_exponent(bounded_exponent(x));
   const float p = fused(exp2_slope(parts.f), parts.f, 1.0f);
   // n reaches 128, one more than a float's exponent: the last doubling comes after
   const float e = float_of(bits_of(p) + ((parts.n_bits - 1u) << 23)) * 2.0f;
@@ -143,12 +149,13 @@ RF_HD float exponential(float x) {
   return x == x ? result : x;
 }
 
-// e^x - 1 with all its digits near 0: 2^n (2^f - 1) + (2^n - 1).
+// e^x - 1 with all its digits near 0: 2^n (2^f - 1) + (2^n - 1), halved until the end for the same reason.
 RF_HD float exponential_minus_one(float x) {
-  const Exponent parts = split_exponent(x < -86.0f ? -86.0f : x > 87.0f ? 87.0f : x);
-  const float scale = float_of((parts.n_bits << 23) + 0x3f800000u);
-  const float result = fused(scale, exp2_slope(parts.f) * parts.f, scale - 1.0f);
-  return x > 87.0f ? exponential(x) : x == x ? result : x;
+  const Exponent parts = split_exponent(bounded_exponent(x));
+  const float half_scale = float_of((parts.n_bits << 23) + 0x3f000000u);
+  const float half = fused(half_scale, exp2_slope(parts.f) * parts.f, half_scale - 0.5f);
+  const float result = x > 88.72283f ? infinity() : half * 2.0f;
+  return x == x ? result : x;
 }
 
 // c * tanh(x / c) for c > 0. One form keeps its digits near 0, the other near c.

@@ -166,4 +166,23 @@ struct ValueResults {
 
 enum class PreferenceKind : int { sigmoid, ipo, hinge, robust, exo_pair, nca_pair, sppo_hard, apo_zero, apo_down };
 
+// One number per pair.
+struct PreferenceInputs {
+  const float* chosen;
+  const float* rejected;
+  const float* ref_chosen;
+  const float* ref_rejected;
+  int64_t pairs;
+  float beta;
+  float label_smoothing;
+  PreferenceKind kind;
+};
+
+struct PreferenceResults {
+  float* losses;
+  float* chosen_rewards;
+  float* rejected_rewards;
+  float* slopes;  // (2, pairs): d loss / d chosen, d loss / d rejected; may be null
+};
+
 }  // namespace rlhf_fast

@@ -72,6 +72,93 @@ void gae_packed(Address rewards, Address values, Address mask, Address bootstrap
                 pointer<float>(advantages, tokens, "advantages"), pointer<float>(returns, tokens, "returns"), threads);
 }
 
+// (count, length), or packed when there are offsets; the number of tokens must be what Python says it is.
+Sequences checked_sequences(int64_t tokens, int64_t count, int64_t length, Address cu_seqlens) {
+  check_size(tokens, "tokens");
+  Sequences sequences = sequences_of(count, length, cu_seqlens);
+  if (cu_seqlens) {
+    check_offsets(sequences, tokens);
+  } else if (count * length != tokens) {
+    throw std::invalid_argument(std::to_string(count) + " sequences of " + std::to_string(length) + " are not " +
+                                std::to_string(tokens) + " tokens");
+  }
+  return sequences;
+}
+
+void kl_shaped_gae(Address scores, Address logprobs, Address ref_logprobs, Address values, Address mask,
+                   Address bootstrap, int64_t tokens, int64_t count, int64_t length, Address cu_seqlens, float kl_coef,
+                   int estimator, float clip, float gamma, float lam, bool whiten, float eps, Address advantages,
+                   Address returns, Address rewards, Address kl, int threads) {
+  check_threads(threads);
+  const Sequences sequences = checked_sequences(tokens, count, length, cu_seqlens);
+  const ShapedGaeInputs inputs{pointer<const float>(scores, tokens ? count : 0, "scores"),
+                               pointer<const float>(logprobs, tokens, "logprobs"),
+                               pointer<const float>(ref_logprobs, tokens, "ref_logprobs"),
+                               pointer<const float>(values, tokens, "values"),
+                               pointer<const uint8_t>(mask, tokens, "mask"),
+                               optional_pointer<const float>(bootstrap),
+                               kl_coef,
+                               enumerator(estimator, KlEstimator::abs, "KL estimator"),
+                               clip,
+                               gamma,
+                               lam,
+                               whiten,
+                               eps};
+  const ShapedGaeResults results{pointer<float>(advantages, tokens, "advantages"),
+                                 pointer<float>(returns, tokens, "returns"), pointer<float>(rewards, tokens, "rewards"),
+                                 pointer<float>(kl, tokens, "kl")};
+  cpu_ops().kl_shaped_gae(sequences, inputs, results, threads);
+}
+
+void policy_loss(Address logprobs, Address old_logprobs, Address advantages, int64_t advantage_count, Address mask,
+                 Address ref_logprobs, Address rollout_logprobs, Address entropy, int64_t tokens, int64_t count,
+                 int64_t length, Address cu_seqlens, int kind, float lower, float upper, float dual_clip, float is_clip,
+                 float kl_coef, int kl_estimator, float entropy_coef, bool per_sequence, int level, int aggregate,
+                 Address denominator, float divisor, Address loss, Address figures, Address gradient,
+                 Address entropy_gradient, int threads) {
+  check_threads(threads);
+  const Sequences sequences = checked_sequences(tokens, count, length, cu_seqlens);
+  if (advantage_count != (per_sequence ? count : tokens)) {
+    throw std::invalid_argument("advantages must be one per " + std::string(per_sequence ? "sequence" : "token") +
+                                ", got " + std::to_string(advantage_count));
+  }
+  const PolicyInputs inputs{pointer<const float>(logprobs, tokens, "logprobs"),
+                            optional_pointer<const float>(old_logprobs),
+                            pointer<const float>(advantages, tokens ? advantage_count : 0, "advantages"),
+                            pointer<const uint8_t>(mask, tokens, "mask"),
+                            optional_pointer<const float>(ref_logprobs),
+                            optional_pointer<const float>(rollout_logprobs),
+                            optional_pointer<const float>(entropy),
+                            per_sequence,
+                            policy_terms(kind, lower, upper, dual_clip, is_clip, kl_coef, kl_estimator, entropy_coef),
+                            enumerator(level, Level::sequence_token, "level")};
+  const PolicyResults results{pointer<float>(loss, 1, "loss"), pointer<float>(figures, POLICY_FIGURES, "figures"),
+                              optional_pointer<float>(gradient), optional_pointer<float>(entropy_gradient)};
+  cpu_ops().policy_loss(sequences, inputs, reduction_of(aggregate, denominator, divisor), results, threads);
+}
+
+void value_loss(Address values, Address old_values, Address returns, Address mask, int64_t tokens, int64_t count,
+                int64_t length, Address cu_seqlens, float clip, int aggregate, Address denominator, float divisor,
+                Address loss, Address figures, Address gradient, int threads) {
+  check_threads(threads);
+  const Sequences sequences = checked_sequences(tokens, count, length, cu_seqlens);
+  const ValueInputs inputs{pointer<const float>(values, tokens, "values"), optional_pointer<const float>(old_values),
+                           pointer<const float>(returns, tokens, "returns"),
+                           pointer<const uint8_t>(mask, tokens, "mask"), clip};
+  const ValueResults results{pointer<float>(loss, 1, "loss"), pointer<float>(figures, VALUE_FIGURES, "figures"),
+                             optional_pointer<float>(gradient)};
+  cpu_ops().value_loss(sequences, inputs, reduction_of(aggregate, denominator, divisor), results, threads);
+}
+
+// gradient * grad * scale, the latter two being scalars in memory.
+void scaled_gradient(Address gradient, int64_t size, Address grad, Address figures, Address out, int threads) {
+  check_threads(threads);
+  check_size(size, "size");
+  const float factor = *pointer<const float>(grad, 1, "grad") * *pointer<const float>(figures, 1, "figures");
+  cpu_ops().scale(pointer<const float>(gradient, size, "gradient"), size, factor, pointer<float>(out, size, "out"),
+                  threads);
+}
+
 py::tuple isas() {
   py::list names;
   for (const char* const* name = supported_isas(); *name; ++name) {
@@ -92,6 +179,10 @@ void bind_cpu(py::module_ m) {
   m.def("head_rows", &head_rows, release());
   m.def("gae", &gae, release());
   m.def("gae_packed", &gae_packed, release());
+  m.def("kl_shaped_gae", &kl_shaped_gae, release());
+  m.def("policy_loss", &policy_loss, release());
+  m.def("value_loss", &value_loss, release());
+  m.def("scaled_gradient", &scaled_gradient, release());
 }
 
 }  // namespace rlhf_fast

@@ -5,6 +5,10 @@
 
 namespace rlhf_fast {
 
+static inline int64_t tokens_of(const Sequences& sequences) {
+  return sequences.offsets ? sequences.offsets[sequences.count] : sequences.count * sequences.length;
+}
+
 #define RF_DECLARE_CPU_OPS(ISA)                                                                                       \
   namespace ISA {                                                                                                     \
   void token_logprobs_forward(const ConstMatrix& logits, const Head& head, const RowStatistics& result, int threads); \
@@ -13,6 +17,13 @@ namespace rlhf_fast {
   void head_rows(const ConstMatrix& logits, const Head& head, const RowStatistics& statistics, const Matrix& result,  \
                  int threads);                                                                                        \
   void gae(const Sequences& sequences, const GaeInputs& inputs, float* advantages, float* returns, int threads);      \
+  void kl_shaped_gae(const Sequences& sequences, const ShapedGaeInputs& inputs, const ShapedGaeResults& results,      \
+                     int threads);                                                                                    \
+  void policy_loss(const Sequences& sequences, const PolicyInputs& inputs, const Reduction& reduction,                \
+                   const PolicyResults& results, int threads);                                                        \
+  void value_loss(const Sequences& sequences, const ValueInputs& inputs, const Reduction& reduction,                  \
+                  const ValueResults& results, int threads);                                                          \
+  void scale(const float* x, int64_t n, float factor, float* out, int threads);                                       \
   }
 
 RF_DECLARE_CPU_OPS(base)
@@ -28,6 +39,10 @@ struct CpuOps {
   decltype(&base::token_logprobs_backward) token_logprobs_backward;
   decltype(&base::head_rows) head_rows;
   decltype(&base::gae) gae;
+  decltype(&base::kl_shaped_gae) kl_shaped_gae;
+  decltype(&base::policy_loss) policy_loss;
+  decltype(&base::value_loss) value_loss;
+  decltype(&base::scale) scale;
 };
 
 // The widest set this processor runs, or the one named by RLHF_FAST_CPU_ISA (base, avx2, avx512).

@@ -71,7 +71,8 @@ def linear_logprobs(
     hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)
     flat, rows = _labelled(labels, len(weight), ignore_index)
     x = _take(rows_of(hidden, labels.numel()), rows)
-    options = (temperature, softcap, float(logit_scale), ignore_index, _chunk(x, weight, chunk_size))
+    chunk_size = chunk_size or chunked.choose_chunk_size(x, weight, entropy is True)
+    options = (temperature, softcap, float(logit_scale), ignore_index, chunk_size)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         results = _LinearLogprobs.apply(x, weight, bias, _take(flat, rows), options, entropy is True)
     else:
@@ -130,7 +131,8 @@ def linear_cross_entropy(
     flat, rows = _labelled(labels, len(weight), ignore_index)
     x = _take(rows_of(hidden, labels.numel()), rows)
     factor = _take(factor.reshape(-1), rows)
-    values = (temperature, softcap, float(logit_scale), ignore_index, _chunk(x, weight, chunk_size))
+    chunk_size = chunk_size or chunked.choose_chunk_size(x, weight)
+    values = (temperature, softcap, float(logit_scale), ignore_index, chunk_size)
     return _SummedCrossEntropy.apply(x, weight, bias, _take(flat, rows), factor, values)
 
 
@@ -164,8 +166,11 @@ class _LinearLogprobs(torch.autograd.Function):
         ignore_index = ctx.options[3]
         grad_logprobs, grad_entropy = (_masked(g, labels, ignore_index) for g in (grad_logprobs, grad_entropy))
         if ctx.keep in (chunked.KEEP_VECTOR, chunked.KEEP_VECTORS):
-            terms = [g[:, None] * v for g, v in zip((grad_logprobs, grad_entropy), kept) if g is not None]
-            return sum(terms[1:], terms[0]).to(ctx.hidden_dtype), *(None,) * 5
+            pairs = [(g[:, None], v) for g, v in zip((grad_logprobs, grad_entropy), kept) if g is not None]
+            if len(pairs) == 1:
+                # in float32, rounded as it is written: a float32 copy would be as large as two gradients
+                return torch.mul(*pairs[0], out=torch.empty_like(pairs[0][1])), *(None,) * 5
+            return sum(g * v for g, v in pairs).to(ctx.hidden_dtype), *(None,) * 5
         if ctx.keep == chunked.KEEP_ROWS:
             rows, hidden, weight = kept
             grads = chunked.backward_from_rows(rows, hidden, weight, labels, grad_logprobs, ignore_index, *ctx.needs)
@@ -253,10 +258,6 @@ def _put_back(x: Tensor, rows: Tensor | None, labels: Tensor) -> Tensor:
 def _token_weights(weights: Tensor | None, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
     keep = labels != ignore_index
     return keep.to(dtype) if weights is None else torch.where(keep, weights.to(dtype), 0.0)
-
-
-def _chunk(hidden: Tensor, weight: Tensor, chunk_size: int | None) -> int:
-    return chunked.choose_chunk_size(hidden, weight) if chunk_size is None else chunk_size
 
 
 def _what_to_keep(hidden: Tensor, weight: Tensor, needs: tuple[bool, ...], entropy: bool) -> int:

@@ -19,8 +19,8 @@ KEEP_NOTHING, KEEP_VECTOR, KEEP_VECTORS, KEEP_ROWS = range(4)
 
 _CUDA_CHUNK_BYTES = 850_000_000  # logits and gradient rows of one chunk
 # On one AVX-512 core, against two bare GEMMs of 256 x 896 x 151,936 in float32: 64 rows cost 1.27 times, 128 rows 1.10,
-# 256 rows 1.06; a bf16 head 1.12 times with slabs of 2 MiB, 1.19 with 8.
-_CPU_CHUNK_BYTES = 64 << 20
+# 256 rows 1.06; a bf16 head 1.12 times with slabs of 2 MiB, 1.19 with 8. So vocabularies beyond 98,304 get more bytes.
+_CPU_CHUNK_BYTES = 48 << 20
 _CPU_MIN_ROWS = 128
 _CPU_SLAB_BYTES = 2 << 20  # float32 copy of a slab of a 16-bit head
 
@@ -33,12 +33,15 @@ def kept_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 32 if device.type == "cuda" else 1 << 30
 
 
-def choose_chunk_size(hidden: Tensor, weight: Tensor) -> int:
-    """How many rows' logits exist at a time."""
+def choose_chunk_size(hidden: Tensor, weight: Tensor, entropy: bool = False) -> int:
+    """How many rows' logits exist at a time; ``entropy`` if its gradient is wanted, which needs them twice."""
     (vocab_size, width), num_rows = weight.shape, len(hidden)
     if hidden.device.type != "cuda":
-        rows = _CPU_CHUNK_BYTES // (vocab_size * promote(hidden[:0]).element_size())
-        return max(1, min(num_rows, max(_CPU_MIN_ROWS, rows)))
+        bytes_per_row = vocab_size * promote(hidden[:0]).element_size() * (2 if entropy else 1)
+        limit = max(_CPU_MIN_ROWS, _CPU_CHUNK_BYTES // bytes_per_row)
+        # of equal size, as a small last one would read the whole head for a few rows
+        num_chunks = max(1, -(-num_rows // limit))
+        return max(1, -(-num_rows // num_chunks))
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
     limit = _CUDA_CHUNK_BYTES // (vocab_size * (4 + hidden.element_size()))
     return fill_processors(max(128, min(num_rows, limit)), width, processors)
@@ -80,21 +83,25 @@ _NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
     lambda hidden, weight, labels, *rest: _outputs(hidden, weight, labels, rest[-1]),
 )
 def forward(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, chunk_size, keep):
-    """Return logprobs, entropy, lse (N,), the latter in float64; d logprob / d hidden and d entropy / d hidden (N, D); onehot - p (N, V)."""
+    """Return logprobs, entropy, lse (N,), d logprob / d hidden, d entropy / d hidden (N, D), onehot - p (N, V).
+
+    The lse is float64. What ``keep`` does not ask for has no rows.
+    """
     check_labels(labels, len(weight), ignore_index)
     outputs = _outputs(hidden, weight, labels, keep)
     *per_row, vector, entropy_vector, kept_rows = outputs
     gemm = _Gemm(hidden, weight, bias, chunk_size)
     options = (temperature, softcap, ignore_index, logit_scale)
     for chunk in gemm.chunks():
-        logits = gemm.logits(chunk)
-        # the gradient of the entropy needs the logits once more, so they must not be overwritten yet
-        rows = gemm.rows(chunk, spare_logits=keep == KEEP_VECTORS) if keep != KEEP_NOTHING else None
+        logits, rows = gemm.logits(chunk), None
+        if keep == KEEP_ROWS:
+            rows = kept_rows[chunk]
+        elif keep != KEEP_NOTHING:
+            # the gradient of the entropy needs the logits once more, so they must not be overwritten yet
+            rows = gemm.rows(chunk, spare_logits=keep == KEEP_VECTORS)
         results = _head_rows(logits, labels[chunk], *options, rows)
         for out, result in zip(per_row, results):
             out[chunk] = result
-        if keep == KEEP_ROWS:
-            kept_rows[chunk] = rows
         if keep in (KEEP_VECTOR, KEEP_VECTORS):
             vector[chunk] = gemm.times_weight(rows)
         if keep == KEEP_VECTORS:
@@ -315,15 +322,10 @@ def _head_rows(logits, labels, temperature, softcap, ignore_index, logit_scale, 
 def _gradient_rows(
     logits, labels, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap, ignore_index, logit_scale, out
 ) -> None:
-    """Write d loss / d raw logits into ``out``. Spoils ``logits``."""
-    if logit_scale != 1.0:
-        logits.mul_(logit_scale)
-        grad_logprobs = grad_logprobs * logit_scale
-        grad_entropy = None if grad_entropy is None else grad_entropy * logit_scale
-    chosen = implementation("logprobs", "token_logprobs_backward", logits, labels, out)
-    chosen.token_logprobs_backward(
-        logits, labels, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap, ignore_index, out
-    )
+    """Write d loss / d raw logits into ``out``, which may be ``logits``."""
+    options = (temperature, softcap, ignore_index, logit_scale)
+    chosen = implementation("linear_logprobs", "head_rows", logits, labels, out)
+    chosen.rows_backward(logits, labels, lse, entropy, grad_logprobs, grad_entropy, *options, out)
 
 
 def _scaled(hidden: Tensor, grad: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

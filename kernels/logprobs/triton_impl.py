@@ -1,6 +1,10 @@
-"""Triton kernels: one program per row forward, one per block of a row backward.
+"""Triton kernels of the logits: a program holds one tile of a row in registers and reads it once.
 
-A row is read once forward, in blocks, with a running maximum. float64 is left to the reference.
+How a row is cut into tiles depends on V alone, and the tiles' statistics are combined in a fixed order. So a result is
+the same bits whatever rows surround it, and a few rows of a large vocabulary still keep every processor busy.
+
+A logit costs its own bytes forward, and its own twice backward (read and written); the statistics of a tile are 12
+bytes. All loads are of 16 bytes per thread where V allows. float64 is left to the reference.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # fused multiply-adds, said explicitly as the default differs between Triton releases
 OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
+FORWARD_TILE_BYTES, BACKWARD_TILE = 16384, 4096
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
@@ -25,20 +30,23 @@ def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
     return None
 
 
-def block_size(vocab_size: int) -> int:
-    """Entries of a row that a program holds at a time; small rows fit one block."""
-    return min(triton.next_power_of_2(vocab_size), 4096)
+def tiling(vocab_size: int, largest: int) -> dict[str, int]:
+    """The launch options that follow from V: entries of a tile, tiles of a row, warps (16 or 32 entries a thread)."""
+    block = min(triton.next_power_of_2(vocab_size), largest)
+    return {"BLOCK": block, "TILES": triton.cdiv(vocab_size, block), "num_warps": max(1, min(8, block // 512))}
+
+
+def softmax_scales(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float, float]:
+    """Return (inner, outer): the softmax is taken of x * outer, or with a softcap of outer * tanh(x * inner)."""
+    if softcap is None:
+        return 1.0, logit_scale / temperature
+    return logit_scale / softcap, softcap / temperature
 
 
 def empty_results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs and entropy in float32, logsumexp in float64, (N,) each."""
     dtypes = (torch.float32, torch.float32, torch.float64)
     return tuple(torch.empty(len(logits), dtype=dtype, device=logits.device) for dtype in dtypes)
-
-
-def num_warps(block: int) -> int:
-    """16 bf16 entries per thread and block, two 16-byte loads."""
-    return max(1, min(8, block // 512))
 
 
 @triton.jit
@@ -52,65 +60,80 @@ def tanh(x):
 
 
 @triton.jit
-def transform(x, inverse_temperature, softcap, HAS_SOFTCAP: tl.constexpr):
-    """What the softmax is taken of."""
+def squash(x, inner, HAS_SOFTCAP: tl.constexpr):
+    """The softmax is taken of this times ``outer``; only fused with a subtraction is the product not rounded."""
+    x = x.to(tl.float32)
     if HAS_SOFTCAP:
-        x = softcap * tanh(x / softcap)
-    return x * inverse_temperature
+        x = tanh(x * inner)
+    return x
 
 
 @triton.jit
-def transform_slope(x, inverse_temperature, softcap, HAS_SOFTCAP: tl.constexpr):
-    """d transform / d x."""
-    slope = inverse_temperature
+def slope(u, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    """d (u * outer) / d x for u = squash(x)."""
     if HAS_SOFTCAP:
-        t = tanh(x / softcap)
-        slope = inverse_temperature * (1.0 - t * t)
-    return slope
+        outer = outer * inner * (1.0 - u * u)
+    return outer
 
 
 @triton.jit
-def row_statistics(
-    row_ptr,
-    label,
-    vocab_size,
-    factor,
-    inverse_temperature,
-    softcap,
-    ignore_index,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return logprob of ``label``, entropy, maximum and log(sum(exp(z - maximum))) of one row, in a single pass."""
-    peak = float("-inf")
-    total = 0.0  # sum of exp(z - peak)
-    moment = 0.0  # sum of exp(z - peak) * (z - peak), for the entropy
-    for start in range(0, vocab_size, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32) * factor
-        z = transform(x, inverse_temperature, softcap, HAS_SOFTCAP)
-        z = tl.where(column < vocab_size, z, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(z, 0))
-        # all -inf so far: any finite offset keeps exp(-inf) at 0 instead of NaN
-        offset = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shift = peak - offset
-        decay = tl.exp(shift)
-        d = z - offset
-        e = tl.exp(d)
-        moment = decay * (moment + tl.where(decay == 0.0, 0.0, shift) * total) + tl.sum(
-            tl.where(e == 0.0, 0.0, e * d), 0
-        )
-        total = decay * total + tl.sum(e, 0)
-        peak = new_peak
-    log_total = tl.log(total)
-    entropy = log_total - moment / total
+def tile_statistics(x, column, vocab_size, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    """Of the softmax's argument z: its maximum, the sum of e = exp(z - maximum), and the sum of e (z - maximum)."""
+    u = squash(x, inner, HAS_SOFTCAP)
+    # a softcap makes something finite of the -inf that was loaded behind the end
+    inside = column < vocab_size
+    peak = tl.max(tl.where(inside, u * outer, float("-inf")), 0)
+    # a tile of -inf alone: any finite offset keeps exp(-inf) at 0 instead of NaN
+    offset = tl.where(peak == float("-inf"), 0.0, peak)
+    d = tl.where(inside, tl.fma(u, outer, -offset), float("-inf"))
+    e = tl.exp(d)
+    return peak, tl.sum(e, 0), tl.sum(tl.where(e == 0.0, 0.0, e * d), 0)
+
+
+@triton.jit
+def store_statistics(partials_ptr, tile, num_tiles, peak, total, moment):
+    partial = partials_ptr + tile.to(tl.int64)
+    tl.store(partial, peak)
+    tl.store(partial + num_tiles, total)
+    tl.store(partial + 2 * num_tiles.to(tl.int64), moment)
+
+
+@triton.jit
+def combined_statistics(partials_ptr, row, num_tiles, TILES: tl.constexpr, LANES: tl.constexpr):
+    """The statistics of a row from those of its tiles, summed in an order that only TILES decides."""
+    lane = tl.arange(0, LANES)
+    partial = partials_ptr + row * TILES + lane
+    # past the L1 cache, which does not see what other processors write
+    peaks = tl.load(partial, mask=lane < TILES, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(partial + num_tiles, mask=lane < TILES, other=0.0, cache_modifier=".cg")
+    moments = tl.load(partial + 2 * num_tiles.to(tl.int64), mask=lane < TILES, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, 0)
+    shift = peaks - tl.where(peak == float("-inf"), 0.0, peak)
+    decay = tl.exp(shift)
+    moments = decay * (moments + tl.where(decay == 0.0, 0.0, shift) * totals)
+    return peak, tl.sum(decay * totals, 0), tl.sum(moments, 0)
+
+
+@triton.jit
+def squashed_label(row_ptr, label, vocab_size, inner, HAS_SOFTCAP: tl.constexpr):
+    """``squash`` of the label's logit; of some entry of the row if the label is outside it."""
     inside = (label >= 0) & (label < vocab_size)
-    x = tl.load(row_ptr + tl.where(inside, label, 0)).to(tl.float32) * factor
+    return squash(tl.load(row_ptr + tl.where(inside, label, 0)), inner, HAS_SOFTCAP)
+
+
+@triton.jit
+def store_results(
+    logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index, u_label, outer, peak, total, moment
+):
+    log_total = tl.log(total)
     # not minus their sum: at logits near 100 its rounding is 1% of p - 1 for a token with p = 0.9996
-    z = (transform(x, inverse_temperature, softcap, HAS_SOFTCAP) - peak) - log_total
-    logprob = tl.where(inside, z, float("nan"))
+    logprob = tl.fma(u_label, outer, -peak) - log_total
+    logprob = tl.where((label >= 0) & (label < vocab_size), logprob, float("nan"))
+    entropy = log_total - moment / total
     keep = label != ignore_index
-    return tl.where(keep, logprob, 0.0), tl.where(keep, entropy, 0.0), peak, log_total
+    tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
+    tl.store(entropy_ptr + row, tl.where(keep, entropy, 0.0))
+    tl.store(lse_ptr + row, peak.to(tl.float64) + log_total.to(tl.float64))
 
 
 @triton.jit
@@ -120,30 +143,56 @@ def forward_kernel(
     logprobs_ptr,
     entropy_ptr,
     lse_ptr,
+    partials_ptr,
     vocab_size,
     stride,
-    inverse_temperature,
-    softcap,
+    inner,
+    outer,
     ignore_index,
     HAS_SOFTCAP: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program per tile; a row of one tile is finished here, others by ``combine_kernel``."""
+    tile = tl.program_id(0)
+    row = (tile // TILES).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    column = (tile % TILES) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf"), eviction_policy="evict_first")
+    statistics = tile_statistics(x, column, vocab_size, inner, outer, HAS_SOFTCAP)
+    if TILES == 1:
+        label = tl.load(labels_ptr + row)
+        u_label = squashed_label(row_ptr, label, vocab_size, inner, HAS_SOFTCAP)
+        outputs = logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index
+        store_results(*outputs, u_label, outer, *statistics)
+    else:
+        store_statistics(partials_ptr, tile, tl.num_programs(0), *statistics)
+
+
+@triton.jit
+def combine_kernel(
+    logits_ptr,
+    labels_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    lse_ptr,
+    partials_ptr,
+    vocab_size,
+    stride,
+    inner,
+    outer,
+    ignore_index,
+    HAS_SOFTCAP: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    logprob, entropy, peak, log_total = row_statistics(
-        logits_ptr + row * stride,
-        label,
-        vocab_size,
-        1.0,
-        inverse_temperature,
-        softcap,
-        ignore_index,
-        HAS_SOFTCAP,
-        BLOCK,
-    )
-    tl.store(logprobs_ptr + row, logprob)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(lse_ptr + row, peak.to(tl.float64) + log_total.to(tl.float64))
+    u_label = squashed_label(logits_ptr + row * stride, label, vocab_size, inner, HAS_SOFTCAP)
+    statistics = combined_statistics(partials_ptr, row, tl.num_programs(0) * TILES, TILES, LANES)
+    outputs = logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index
+    store_results(*outputs, u_label, outer, *statistics)
 
 
 @triton.jit
@@ -158,57 +207,61 @@ def backward_kernel(
     vocab_size,
     stride,
     out_stride,
-    inverse_temperature,
-    softcap,
+    inner,
+    outer,
     ignore_index,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(vocab_size, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    """One program per tile, which may be overwritten: nobody else reads it."""
+    tile = tl.program_id(0)
+    row = (tile // TILES).to(tl.int64)
+    column = (tile % TILES) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * stride + column, mask=column < vocab_size, other=0.0, eviction_policy="evict_first")
     label = tl.load(labels_ptr + row)
     grad = tl.load(grad_logprobs_ptr + row)
     grad = tl.where((label >= 0) & (label < vocab_size), grad, float("nan"))
-    x = tl.load(logits_ptr + row * stride + column, mask=column < vocab_size, other=0.0).to(tl.float32)
     # the float64 lse in two float32 parts: only the row's scalar pays for float64
     lse = tl.load(lse_ptr + row)
     high = lse.to(tl.float32)
     low = (lse - high.to(tl.float64)).to(tl.float32)
-    log_p = (transform(x, inverse_temperature, softcap, HAS_SOFTCAP) - high) - low
+    u = squash(x, inner, HAS_SOFTCAP)
+    log_p = tl.fma(u, outer, -high) - low
     p = tl.exp(log_p)
     d_z = grad * (tl.where(column == label, 1.0, 0.0) - p)
     if HAS_ENTROPY:
         # p log p is 0 at p = 0, where log p may be -inf
         surprise = tl.where(p == 0.0, 0.0, p * (log_p + tl.load(entropy_ptr + row)))
         d_z -= tl.load(grad_entropy_ptr + row) * surprise
-    d_x = d_z * transform_slope(x, inverse_temperature, softcap, HAS_SOFTCAP)
-    d_x = tl.where(label == ignore_index, 0.0, d_x)
-    tl.store(out_ptr + row * out_stride + column, d_x.to(out_ptr.dtype.element_ty), mask=column < vocab_size)
+    d_x = tl.where(label == ignore_index, 0.0, d_z * slope(u, inner, outer, HAS_SOFTCAP))
+    out = out_ptr + row * out_stride + column
+    tl.store(out, d_x.to(out_ptr.dtype.element_ty), mask=column < vocab_size, eviction_policy="evict_first")
 
 
 def token_logprobs_forward(
-    logits: Tensor, labels: Tensor, temperature: float, softcap: float | None, ignore_index: int
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, vocab_size = logits.shape
     results = empty_results(logits)
-    block = block_size(vocab_size)
+    sizes = tiling(vocab_size, FORWARD_TILE_BYTES // logits.element_size())
+    tiles = sizes["TILES"]
+    partials = torch.empty((3, num_rows if tiles > 1 else 0, tiles), dtype=torch.float32, device=logits.device)
+    scales = softmax_scales(temperature, softcap, logit_scale)
+    arguments = (logits, labels, *results, partials, vocab_size, logits.stride(0), *scales, ignore_index)
+    flags = {"HAS_SOFTCAP": softcap is not None, **OPTIONS}
     if num_rows:
-        forward_kernel[(num_rows,)](
-            logits,
-            labels,
-            *results,
-            vocab_size,
-            logits.stride(0),
-            1.0 / temperature,
-            softcap or 1.0,
-            ignore_index,
-            HAS_SOFTCAP=softcap is not None,
-            BLOCK=block,
-            num_warps=num_warps(block),
-            **OPTIONS,
-        )
+        forward_kernel[(num_rows * tiles,)](*arguments, **sizes, **flags)
+    if num_rows and tiles > 1:
+        lanes = triton.next_power_of_2(tiles)
+        # a lane for each partial, so that sums have one order whatever the number of warps
+        combine_kernel[(num_rows,)](*arguments, TILES=tiles, LANES=lanes, num_warps=max(1, lanes // 32), **flags)
     return results
 
 
@@ -223,11 +276,12 @@ def token_logprobs_backward(
     softcap: float | None,
     ignore_index: int,
     out: Tensor,
+    logit_scale: float = 1.0,
 ) -> None:
     num_rows, vocab_size = logits.shape
-    block = block_size(vocab_size)
+    sizes = tiling(vocab_size, BACKWARD_TILE)
     if num_rows:
-        backward_kernel[(num_rows * triton.cdiv(vocab_size, block),)](
+        backward_kernel[(num_rows * sizes["TILES"],)](
             logits,
             labels,
             lse,
@@ -238,12 +292,115 @@ def token_logprobs_backward(
             vocab_size,
             logits.stride(0),
             out.stride(0),
-            1.0 / temperature,
-            softcap or 1.0,
+            *softmax_scales(temperature, softcap, logit_scale),
             ignore_index,
             HAS_SOFTCAP=softcap is not None,
             HAS_ENTROPY=grad_entropy is not None,
-            BLOCK=block,
-            num_warps=num_warps(block),
+            **sizes,
             **OPTIONS,
         )
+
+
+# tokens of a sequence that a program of sequence_logprobs reads at a time
+SEQUENCE_BLOCK = 1024
+
+
+@triton.jit
+def boundaries(cu_seqlens_ptr, width, PACKED: tl.constexpr):
+    """First token and number of tokens of this program's sequence."""
+    sequence = tl.program_id(0)
+    if PACKED:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + sequence + 1) - first).to(tl.int32)
+    else:
+        first = sequence.to(tl.int64) * width
+        length = width
+    return first, length
+
+
+@triton.jit
+def sequence_sum_kernel(
+    logprobs_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    sums_ptr,
+    counts_ptr,
+    width,
+    AVERAGE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per sequence."""
+    first, length = boundaries(cu_seqlens_ptr, width, PACKED)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = total
+    for start in range(0, length, BLOCK):
+        at = first + start + lane
+        keep = tl.load(mask_ptr + at, mask=start + lane < length, other=0) != 0
+        # the mask guards the load too: a masked entry is never read
+        total += tl.load(logprobs_ptr + at, mask=keep, other=0.0)
+        count += keep.to(tl.float32)
+    result = tl.sum(total, 0)
+    tokens = tl.sum(count, 0)
+    if AVERAGE:
+        result /= tl.maximum(tokens, 1.0)
+    tl.store(sums_ptr + tl.program_id(0), result)
+    tl.store(counts_ptr + tl.program_id(0), tokens)
+
+
+@triton.jit
+def sequence_spread_kernel(
+    grad_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    counts_ptr,
+    out_ptr,
+    width,
+    AVERAGE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per sequence, which gives its gradient to every token that counts."""
+    first, length = boundaries(cu_seqlens_ptr, width, PACKED)
+    lane = tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + tl.program_id(0))
+    if AVERAGE:
+        grad /= tl.maximum(tl.load(counts_ptr + tl.program_id(0)), 1.0)
+    for start in range(0, length, BLOCK):
+        at = first + start + lane
+        keep = tl.load(mask_ptr + at, mask=start + lane < length, other=0) != 0
+        tl.store(out_ptr + at, tl.where(keep, grad, 0.0), mask=start + lane < length)
+
+
+def sequence_logprobs(
+    logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None, average: bool
+) -> tuple[Tensor, Tensor]:
+    sequences = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
+    sums, counts = logprobs.new_empty(sequences), logprobs.new_empty(sequences)
+    if sequences:
+        ends = mask if cu_seqlens is None else cu_seqlens
+        arguments = (logprobs, mask.view(torch.uint8), ends, sums, counts)
+        sequence_sum_kernel[(sequences,)](*arguments, **_walk(mask, cu_seqlens), AVERAGE=average, **OPTIONS)
+    return sums, counts
+
+
+def sequence_logprobs_backward(
+    grad: Tensor, mask: Tensor, cu_seqlens: Tensor | None, counts: Tensor, average: bool
+) -> Tensor:
+    out = grad.new_empty(mask.shape)
+    if mask.numel():
+        ends = mask if cu_seqlens is None else cu_seqlens
+        arguments = (grad, mask.view(torch.uint8), ends, counts, out)
+        sequence_spread_kernel[(len(grad),)](*arguments, **_walk(mask, cu_seqlens), AVERAGE=average, **OPTIONS)
+    return out
+
+
+def _walk(mask: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
+    """Launch options of a program per sequence: the width of a row, 0 if packed, and the block it walks in."""
+    packed = cu_seqlens is not None
+    # the longest packed sequence would have to be read back; the mean length chooses the block
+    length = triton.cdiv(mask.numel(), max(len(cu_seqlens) - 1, 1)) if packed else mask.shape[1]
+    block = min(max(triton.next_power_of_2(max(length, 1)), 128), SEQUENCE_BLOCK)
+    width = 0 if packed else mask.shape[1]
+    return {"width": width, "PACKED": packed, "BLOCK": block, "num_warps": max(1, block // 256)}

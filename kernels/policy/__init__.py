@@ -190,8 +190,8 @@ def _one_layout(tokens):
     def bring(x: Tensor | None) -> Tensor | None:
         if x is None or x is tokens.cu_seqlens:
             return x
-        if not packed and x.shape == mask.shape:
-            x = x.reshape(-1, mask.shape[-1]) if mask.dim() else x.reshape(1, 1)
+        if not packed and x.shape == mask.shape and mask.dim() != 2:
+            x = x.reshape(mask.shape[:-1].numel(), mask.shape[-1])
         return (x if x.dtype == torch.bool else x.float()).contiguous()
 
     brought = tokens._replace(**{name: bring(x) for name, x in tokens._asdict().items()})

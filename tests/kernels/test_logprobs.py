@@ -114,10 +114,11 @@ def test_masked_vocabulary_leaves_entropy_and_gradients_finite(backend, device, 
         no_worse(a, e.float(), e)
 
 
-def test_a_masked_block_before_the_first_finite_logit(backend, device, no_worse):
-    """4,200 words of -inf are more than a block, so the running maximum starts at -inf."""
+@pytest.mark.parametrize("masked", [slice(0, 4200), slice(4096, None)])
+def test_a_tile_that_is_masked_throughout(backend, device, no_worse, masked):
+    """4,200 words of -inf are more than a tile or block, so its maximum is -inf; the last tile may be like that too."""
     logits, labels, weights = problem((2,), 4300, torch.float32, device)
-    logits[:, :4200], labels[:] = float("-inf"), torch.tensor([4250, 4299])
+    logits[:, masked], labels[:] = float("-inf"), torch.tensor([4250, 4299] if masked.start == 0 else [3, 4095])
     actual = with_gradient(fused, logits, weights, labels)
     plain = with_gradient(formula, logits, weights, labels)
     exact = with_gradient(formula, logits.double(), weights.double(), labels)
@@ -150,7 +151,7 @@ def test_upstream_gradients_of_ignored_rows_are_ignored(backend, device):
 @pytest.mark.parametrize("rows", [0, 1])
 @pytest.mark.parametrize("vocab_size", [1, 2, 4097])
 def test_odd_sizes(backend, device, no_worse, rows, vocab_size):
-    """One word always has logprob 0; 4097 words are one more than a block."""
+    """One word always has logprob 0; 4097 words are one more than a tile."""
     logits, labels, weights = problem((rows,), vocab_size, torch.float32, device)
     labels.clamp_(min=0)
     actual = with_gradient(fused, logits, weights, labels)
@@ -234,8 +235,10 @@ def test_only_what_is_used_has_a_gradient(backend, device):
         assert not token_logprobs(x, labels).requires_grad
 
 
-def test_a_row_does_not_depend_on_its_batch(backend, device):
-    logits, labels, weights = problem((9,), 130, torch.bfloat16, device)
+@pytest.mark.parametrize("vocab_size", [130, 8200])
+def test_a_row_does_not_depend_on_its_batch(backend, device, vocab_size):
+    """8200 words are two tiles of a Triton program, cut alike whatever the number of rows."""
+    logits, labels, weights = problem((9,), vocab_size, torch.bfloat16, device)
     together = with_gradient(fused, logits, weights, labels)
     alone = with_gradient(fused, logits[4:5], weights[:, 4:5], labels[4:5])
     again = with_gradient(fused, logits, weights, labels)

@@ -1,0 +1,390 @@
+"""One command on a machine with a GPU: build, test, time and compare with the targets, in under nine minutes.
+
+    python -m bench.gpu_suite --part ops
+    python -m bench.gpu_suite --part ops --dry-run      # the same steps at tiny sizes on a CPU, Triton interpreted
+
+Every step has a deadline. A step that fails or runs out of time is reported and the rest goes on, except that operations
+whose tests did not pass are not timed. Results go to --out: the CSV files and plots of ``bench.ops``, ``gpu-suite.log``
+with everything that was printed, and ``gpu-targets.md``, each target as measured over target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+BUDGET = 530.0  # seconds in all
+SANITIZER = 60.0  # of them, kept for the last step
+FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What differs between a run and a dry run."""
+
+    device: str
+    head: str  # N x D x V
+    logits: str  # N x V
+    gae: tuple[str, str]
+    policy: str
+    pairs: str
+    seconds: float  # of samples per case
+    backward: str  # pass that stands for the backward pass alone
+    graph: str  # ending of a pass that is replayed
+
+
+FULL = Sizes(
+    "cuda",
+    "8192x4096x128256",
+    "8192x128256",
+    ("512x4096", "4096x128"),
+    "2048x1024",
+    "4096",
+    1.5,
+    "backward",
+    ", CUDA graph",
+)
+DRY = Sizes("cpu", "6x8x128", "5x83", ("3x7", "3x7"), "3x7", "5", 0.01, "forward+backward", "")
+BOTH, FORWARD, TRAINED = "forward+backward", "forward", "forward+backward, trained head"
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    tail: int = 12  # lines of its output to show
+
+
+@dataclass
+class Suite:
+    """Runs steps, keeps their verdicts and the time."""
+
+    out: Path
+    log: TextIO
+    began: float = field(default_factory=time.monotonic)
+    verdicts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return BUDGET - (time.monotonic() - self.began)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.log.write(text + "\n")
+        self.log.flush()
+
+    def run(self, *steps: Step, keep: float = 0.0) -> None:
+        """Run steps at the same time, each until its deadline, leaving ``keep`` seconds of the whole budget."""
+        running = []
+        for step in steps:
+            output = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed below, after its process
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=os.environ | step.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            running.append((step, process, output, time.monotonic()))
+        for step, process, output, start in running:
+            deadline = start + min(step.seconds, time.monotonic() - start + self.left - keep)
+            self.verdicts[step.name] = verdict = wait(process, deadline)
+            if verdict == "stopped":
+                self.verdicts[step.name] = verdict = f"stopped after {time.monotonic() - start:.0f} s"
+            output.seek(0)
+            text = output.read().strip()
+            output.close()
+            self.say(f"== {step.name}: {verdict} ({time.monotonic() - start:.0f} s)")
+            self.log.write(text + "\n")
+            for line in text.splitlines()[-step.tail :]:
+                print("   " + line, flush=True)
+
+
+def wait(process: subprocess.Popen, deadline: float) -> str:
+    try:
+        code = process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        # the whole session that it leads: compilers and test workers too
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "stopped"
+    return "ok" if code == 0 else f"failed with {code}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("ops",), default="ops")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, Triton interpreted")
+    parser.add_argument("--out", type=Path, help="default: bench/results; a temporary folder for a dry run")
+    args = parser.parse_args()
+    out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-suite-")) if args.dry_run else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if args.dry_run:
+        os.environ |= {"TRITON_INTERPRET": "1", "RLHF_FAST_DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (out / "gpu-suite.log").open("w") as log:
+        suite = Suite(out, log)
+        run_ops(suite, DRY if args.dry_run else FULL)
+        ran = "dry run" if args.dry_run else "run"
+        suite.say(f"{ran} of {time.monotonic() - suite.began:.0f} s; results in {out}")
+    return any(verdict != "ok" and not verdict.startswith("left out") for verdict in suite.verdicts.values())
+
+
+def run_ops(suite: Suite, sizes: Sizes) -> None:
+    dry = sizes.device == "cpu"
+    suite.run(Step("machine", python("-c", MACHINE), 60))
+    suite.run(build_step(dry))
+    suite.run(*test_steps(dry))
+    passed = [family for family in FAMILIES if suite.verdicts[f"tests of {family}"] == "ok"]
+    for step in bench_steps(suite.out, sizes, passed):
+        if suite.left - SANITIZER < 15:
+            suite.verdicts[step.name] = "left out: no time"
+            suite.say(f"== {step.name}: left out: no time")
+            continue
+        suite.run(step, keep=SANITIZER)
+    sanitize(suite, dry)
+    rows = read_rows(suite.out, sizes.device)
+    table = targets_table(rows, sizes, suite.verdicts)
+    (suite.out / "gpu-targets.md").write_text(table)
+    suite.say(table)
+    readme = ROOT / "bench" / "README.md" if suite.out == RESULTS else suite.out / "README.md"
+    suite.run(
+        Step("tables", python("-m", "bench.ops", "--render", "--out", str(suite.out), "--readme", str(readme)), 60)
+    )
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+MACHINE = """
+import platform, torch, triton
+print(platform.platform(), "python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
+print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no CUDA device")
+"""
+
+
+def build_step(dry: bool) -> Step:
+    """Build for this GPU alone; a dry run builds elsewhere, for one architecture, and leaves the tree as it is."""
+    code = "import torch; print('%d%d' % torch.cuda.get_device_capability() if torch.cuda.is_available() else '90')"
+    number = subprocess.run(python("-c", code), capture_output=True, text=True, check=False).stdout.strip() or "90"
+    where = ["--inplace"]
+    if dry:
+        folder = tempfile.mkdtemp(prefix="gpu-suite-build-")
+        where = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"]
+    environment = {"RLHF_FAST_CUDA_ARCHS": f"{number}-real"}
+    return Step(
+        f"build for sm_{number}", python("setup.py", "build_ext", *where), 420 if dry else 150, environment, tail=4
+    )
+
+
+def test_steps(dry: bool) -> list[Step]:
+    """All at once: they share the GPU well, and nothing is timed. A dry run takes one quick test of each file."""
+    pytest = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider")
+    # hand-worked examples are in every file, so that none comes out empty
+    chosen = ["-k", "by_hand" if dry else "triton or cuda or by_hand"]
+    steps = [
+        Step(f"tests of {family}", [*pytest, f"tests/kernels/test_{family}.py", *chosen], 150, tail=3)
+        for family in FAMILIES
+    ]
+    return [Step("tests that need a GPU", [*pytest, "tests/kernels/test_gpu.py"], 150, tail=8), *steps]
+
+
+def bench_steps(out: Path, sizes: Sizes, families: list[str]) -> list[Step]:
+    """The operations with targets first; a process each, so that a crash costs its own rows only."""
+    common = ["--device", sizes.device, "--tested", "--no-render", "--out", str(out)]
+    common += ["--seconds", str(sizes.seconds)] + (["--tiny", "--threads", "1"] if sizes.device == "cpu" else [])
+    dtype = [] if sizes.device == "cpu" else ["--dtype", "bf16"]
+    groups = [
+        ("linear_logprobs", ["linear_logprobs"], [sizes.head], dtype, 100),
+        ("logprobs", ["token_logprobs"], [sizes.logits], dtype, 90),
+        ("advantages", ["gae", "kl_shaped_gae"], list(dict.fromkeys(sizes.gae)), [], 70),
+        ("policy", ["policy_loss", "value_loss"], [sizes.policy], [], 60),
+        ("preference", ["dpo_loss"], [sizes.pairs], [], 30),
+        ("linear_logprobs", ["linear_cross_entropy"], [sizes.head], dtype, 60),
+    ]
+    return [
+        Step(
+            f"bench of {', '.join(ops)}",
+            python("-m", "bench.ops", *ops, *common, "--shapes", *shapes, *types),
+            limit,
+            tail=40,
+        )
+        for family, ops, shapes, types, limit in groups
+        if family in families
+    ]
+
+
+def sanitize(suite: Suite, dry: bool) -> None:
+    """Out-of-bounds accesses and races of every kernel, where compute-sanitizer is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if dry or tool is None:
+        reason = "left out: a dry run" if dry else "left out: no compute-sanitizer"
+        suite.verdicts["compute-sanitizer"] = reason
+        suite.say(f"== compute-sanitizer: {reason}")
+        return
+    tests = ["tests/kernels/test_gpu.py", "-k", "agree_with_the_reference and float32 and (triton or cuda)"]
+    command = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+    # without PyTorch's own cache, so that a step past a tensor is a step past an allocation
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    suite.run(
+        *(
+            Step(
+                f"compute-sanitizer, {kind}", [tool, "--tool", kind, "--error-exitcode", "9", *command], 90, environment
+            )
+            for kind in ("memcheck", "racecheck")
+        )
+    )
+
+
+# ---- targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: what is measured, how, and which side of the target is good."""
+
+    name: str
+    target: float
+    unit: str
+    measure: Callable[[Rows, Sizes], float]
+    at_least: bool = True
+
+
+class Rows:
+    """The rows of a run, looked up by what they are."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows = rows
+        self.absent = ""  # why the last look-up found nothing
+
+    def value(
+        self, column: str, op: str, passed: str, shape: str, contender: str = "rlhf_fast", variant: str = ""
+    ) -> float:
+        """A number of the first row that fits; NaN, and the reason in ``absent``, if there is none."""
+        mine = [r for r in self.rows if (r["op"], r["pass"], r["shape"], r["variant"]) == (op, passed, shape, variant)]
+        row = next((r for r in mine if r["contender"].partition(" (")[0] == contender), None)
+        if row is None:
+            self.absent = f"no row of {contender}"
+        elif row["status"] != "ok":
+            self.absent = f"{contender}: {row['status']}"
+        else:
+            number = row[column]
+            if number not in ("", None) and not math.isnan(float(number)):
+                return float(number)
+            self.absent = f"no {column} of {contender}"
+        return math.nan
+
+    def over_ours(self, op: str, passed: str, shape: str, rival: str, variant: str = "") -> float:
+        """Time of a rival over ours."""
+        ours = self.value("median_ms", op, passed, shape, variant=variant)
+        return self.value("median_ms", op, passed, shape, rival, variant) / ours
+
+
+GEMMS = "its GEMMs alone"
+
+
+def head(passed: str, rival: str, op: str = "linear_logprobs") -> Callable[[Rows, Sizes], float]:
+    return lambda rows, sizes: rows.over_ours(op, passed, sizes.head, rival)
+
+
+def of_copy(passed: str) -> Callable[[Rows, Sizes], float]:
+    def share(rows: Rows, sizes: Sizes) -> float:
+        which = sizes.backward if passed == "backward" else passed
+        return rows.value("percent_copy", "token_logprobs", which, sizes.logits, variant="with entropy") / 100
+
+    return share
+
+
+def microseconds(op: str, passed: str, shape: Callable[[Sizes], str]) -> Callable[[Rows, Sizes], float]:
+    """Device time: replayed from a graph."""
+    return lambda rows, sizes: 1e3 * rows.value("median_ms", op, passed + sizes.graph, shape(sizes))
+
+
+def launches(op: str, shape: Callable[[Sizes], str]) -> Callable[[Rows, Sizes], float]:
+    return lambda rows, sizes: rows.value("launches", op, BOTH, shape(sizes))
+
+
+def gigabytes(rows: Rows, sizes: Sizes) -> float:
+    return rows.value("peak_mb", "linear_logprobs", BOTH, sizes.head) / 1e3
+
+
+def over_trl(rows: Rows, sizes: Sizes) -> float:
+    return rows.over_ours("token_logprobs", FORWARD, sizes.logits, "TRL", "logprobs only")
+
+
+def over_loop(rows: Rows, sizes: Sizes) -> float:
+    return rows.over_ours("gae", FORWARD, sizes.gae[0], "Python loop")
+
+
+TARGETS = (
+    Target("linear_logprobs, frozen head, forward+backward: share of its 2 GEMMs", 0.85, "", head(BOTH, GEMMS)),
+    Target("the same over TRL's chunked log-probabilities", 1.5, "x", head(BOTH, "TRL")),
+    Target("the same over Liger's", 1.8, "x", head(BOTH, "Liger")),
+    Target("the same: extra memory", 0.9, " GB", gigabytes, at_least=False),
+    Target("linear_logprobs, no_grad: share of its GEMM", 0.85, "", head(FORWARD, GEMMS)),
+    Target("linear_logprobs, trained head: share of its 3 GEMMs", 0.85, "", head(TRAINED, GEMMS)),
+    Target("linear_cross_entropy, trained head, over quack", 0.95, "x", head(TRAINED, "quack", "linear_cross_entropy")),
+    Target("token_logprobs with entropy, forward: share of the copy rate", 0.85, "", of_copy(FORWARD)),
+    Target("token_logprobs with entropy, backward: share of the copy rate", 0.90, "", of_copy("backward")),
+    Target("token_logprobs over TRL's selective_log_softmax, forward", 3.0, "x", over_trl),
+    Target("gae (512, 4096)", 15, " µs", microseconds("gae", FORWARD, lambda s: s.gae[0]), at_least=False),
+    Target("gae (4096, 128)", 8, " µs", microseconds("gae", FORWARD, lambda s: s.gae[1]), at_least=False),
+    Target("gae over the Python loop", 1000, "x", over_loop),
+    Target(
+        "policy_loss, 2.1 M tokens, forward+backward",
+        25,
+        " µs",
+        microseconds("policy_loss", BOTH, lambda s: s.policy),
+        at_least=False,
+    ),
+    Target(
+        "policy_loss, forward+backward: launches", 2, "", launches("policy_loss", lambda s: s.policy), at_least=False
+    ),
+    Target("dpo_loss, forward+backward: launches", 2, "", launches("dpo_loss", lambda s: s.pairs), at_least=False),
+)
+
+
+def targets_table(rows: Rows, sizes: Sizes, verdicts: dict[str, str]) -> str:
+    dry = sizes.device == "cpu"
+    lines = ["# GPU targets", ""]
+    lines += ["Dry run on a CPU at tiny sizes: no number below means anything.", ""] if dry else []
+    lines += ["| what | measured | target | |", "|---|---|---|---|"]
+    for target in TARGETS:
+        rows.absent = ""
+        measured = target.measure(rows, sizes)
+        if math.isnan(measured):
+            shown, verdict = "", f"not measured: {rows.absent}"
+        else:
+            good = measured >= target.target if target.at_least else measured <= target.target
+            shown, verdict = f"{measured:.3g}{target.unit}", "met" if good else "missed"
+        sign = "≥" if target.at_least else "≤"
+        lines.append(f"| {target.name} | {shown} | {sign} {target.target:g}{target.unit} | {verdict} |")
+    lines += ["", "| step | |", "|---|---|", *(f"| {name} | {verdict} |" for name, verdict in verdicts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def read_rows(out: Path, device: str) -> Rows:
+    from bench.report import read
+
+    return Rows([row for path in sorted(out.glob(f"ops-{device}-*.csv")) for row in read(path)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
