@@ -1,34 +1,27 @@
-"""The compiled CUDA kernel of generalized advantage estimation (csrc/cuda/gae.cuh)."""
+"""The compiled CUDA kernels of generalized advantage estimation (csrc/cuda/gae.cuh): one affine scan, two users."""
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-
-# before _C: both use OpenMP, and the one libgomp of the process must be torch's
 import torch
 from torch import Tensor
 
-try:
-    from rlhf_fast import _C
-except ImportError as error:
-    _C, _WHY_NOT = None, f"the native module is not built ({error}); `pip install -e .` builds it"
+from rlhf_fast.kernels import cuda_impl as cuda
+
+from .cpu_impl import KL_ESTIMATORS
+
+_C = cuda._C
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
-    """Say why the kernel cannot run ``op`` on these tensors (rewards, values, mask), or return None."""
-    if _C is None:
-        return _WHY_NOT
-    if not _C.has_cuda:
-        return "the native module was built without CUDA (RLHF_FAST_CUDA=ON with nvcc builds it)"
-    for tensor in tensors:
-        if tensor.device.type != "cuda":
-            return f"it runs on CUDA tensors, not on {tensor.device}"
-    for tensor in tensors[:2]:
-        if tensor.dtype != torch.float32:
-            return f"it takes float32 rewards and values, not {tensor.dtype}"
-    # asked last, and only with a CUDA tensor at hand: a CUDA call before a fork breaks the child
-    return _driver_problem() or (_architecture_problem(tensors[0].device) if tensors else None)
+    """Say why the kernel cannot run ``op`` on these tensors, or return None.
+
+    ``gae`` is asked with what it is given (rewards, values, mask), ``kl_shaped_gae`` before its tensors become float32.
+    """
+    if op != "kl_shaped_gae":
+        for tensor in tensors[:2]:
+            if tensor.device.type == "cuda" and tensor.dtype != torch.float32:
+                return f"it takes float32 rewards and values, not {tensor.dtype}"
+    return cuda.unsupported(*tensors)
 
 
 def gae(
@@ -41,8 +34,7 @@ def gae(
         mask: (B, T) bool, contiguous.
         bootstrap: (B,) float32, the value after the last token, or None for 0.
     """
-    num_sequences, length = rewards.shape
-    return _run(rewards, values, mask, bootstrap, None, num_sequences, length, gamma, lam)
+    return gae_packed(rewards, values, mask, bootstrap, None, gamma, lam)
 
 
 def gae_packed(
@@ -50,62 +42,80 @@ def gae_packed(
     values: Tensor,
     mask: Tensor,
     bootstrap: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
     """The same over packed sequences: (N,) tokens, ``cu_seqlens`` (B + 1,) int32 on the same device, rising to N."""
-    num_sequences = len(cu_seqlens) - 1
-    # the mean length chooses the block size; the longest would have to be read back from the device
-    length = len(rewards) // max(num_sequences, 1)
-    return _run(rewards, values, mask, bootstrap, cu_seqlens, num_sequences, length, gamma, lam)
-
-
-def _run(rewards, values, mask, bootstrap, cu_seqlens, num_sequences, length, gamma, lam) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    with torch.cuda.device(rewards.device):
+    with cuda.launch_on(rewards.device) as stream:
         _C.cuda.gae(
             rewards.data_ptr(),
             values.data_ptr(),
             mask.data_ptr(),
-            0 if bootstrap is None else bootstrap.data_ptr(),
-            num_sequences,
-            length,
-            0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-            rewards.numel(),
+            cuda.address(bootstrap),
+            *cuda.extent(rewards, cu_seqlens),
             gamma,
             lam,
             advantages.data_ptr(),
             returns.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
+            stream,
         )
     return advantages, returns
 
 
-@cache
-def _driver_problem() -> str | None:
-    """Why the CUDA runtime inside ``_C`` cannot use this driver; warns once, as Triton quietly takes over."""
-    built, driver = _C.cuda.runtime_version(), _C.cuda.driver_version()
-    # minor versions of one major version work together
-    if driver // 1000 >= built // 1000:
-        return None
-    reason = f"it was built with CUDA {_version(built)}, but the driver supports {_version(driver)} at most"
-    warnings.warn(f"rlhf_fast: the CUDA kernels are off: {reason}. Triton is used instead.", stacklevel=2)
-    return reason
+def kl_shaped_gae(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_coef: float,
+    estimator: str,
+    clip: float | None,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return advantages (whitened if ``whiten``), returns, rewards and KL, each like ``logprobs``, 0 where masked.
 
+    One launch, a second one to whiten. The moments are merged in the order of the sequences: bitwise repeatable.
 
-@cache
-def _architecture_problem(device: torch.device) -> str | None:
-    """Why the binary has no code for this device. Code runs within its major version, upwards; PTX on all after."""
-    major, minor = torch.cuda.get_device_capability(device)
-    capability = 10 * major + minor
-    for architecture in _C.cuda.architectures.split(","):
-        number = int(architecture.partition("-")[0].rstrip("af"))
-        has_ptx = not architecture.endswith("-real")
-        if number <= capability and (has_ptx or number // 10 == major):
-            return None
-    return f"it was compiled for {_C.cuda.architectures}, which does not cover sm_{capability}"
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
+    Args:
+        scores: (B,) float32, contiguous, as all tensors.
+        logprobs, ref_logprobs, values: (B, T), or (N,) with ``cu_seqlens``, float32.
+        mask: the same shape, bool.
+        bootstrap: (B,) float32, the value after the last token, or None for 0.
+        cu_seqlens: (B + 1,) int32 on the same device, rising to N, or None.
+        clip: bound of the scores' magnitude, or None.
+        eps: added to the variance.
+    """
+    advantages, returns, rewards, kl = results = tuple(torch.empty_like(logprobs) for _ in range(4))
+    memory = cuda.workspace(_C.cuda.kl_shaped_gae_workspace(len(scores)), logprobs.device)
+    with cuda.launch_on(logprobs.device) as stream:
+        _C.cuda.kl_shaped_gae(
+            scores.data_ptr(),
+            logprobs.data_ptr(),
+            ref_logprobs.data_ptr(),
+            values.data_ptr(),
+            mask.data_ptr(),
+            cuda.address(bootstrap),
+            *cuda.extent(logprobs, cu_seqlens),
+            kl_coef,
+            KL_ESTIMATORS[estimator],
+            float("inf") if clip is None else clip,
+            gamma,
+            lam,
+            whiten,
+            eps,
+            advantages.data_ptr(),
+            returns.data_ptr(),
+            rewards.data_ptr(),
+            kl.data_ptr(),
+            memory.data_ptr(),
+            stream,
+        )
+    return results

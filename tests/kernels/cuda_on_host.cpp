@@ -1,136 +1,140 @@
-// Runs the CUDA kernel of csrc/cuda/gae.cuh, unchanged, on the host: a block's threads are coroutines that take turns,
-// and change at every barrier and shuffle. Slow, but it executes the indexing, the shuffles and the carry across warps
-// and tiles that no compiler checks, on machines without a GPU. test_cuda_build.py compiles and calls it.
-#include <ucontext.h>
-
-#include <cstdint>
-#include <cstdlib>
-#include <functional>
-#include <vector>
-
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(n)
-#define __shared__ static
-
-// with the alignment that a GPU insists on; the test compiles this to trap on any other
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(4) uchar4 {
-  unsigned char x, y, z, w;
-};
-struct Index {
-  int x;
-};
-static float4 make_float4(float x, float y, float z, float w) {
-  return {x, y, z, w};
-}
-static Index threadIdx, blockIdx;
-
-namespace host {
-
-struct Thread {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(256 * 1024);
-  bool done = false;
-  int barriers = 0;  // passed so far, of the block
-  int shuffles = 0;  // and of the warp
-  float exchanged[2] = {};
-};
-
-static std::vector<Thread> threads;
-static ucontext_t scheduler;
-static std::function<void()> body;
-
-static void yield() {
-  const int self = threadIdx.x;
-  swapcontext(&threads[self].context, &scheduler);
-}
-
-// Wait until every thread of [begin, end) has counted as far as this one.
-static void meet(int Thread::* counter, int begin, int end) {
-  const int mine = ++(threads[threadIdx.x].*counter);
-  for (int t = begin; t < end; t++) {
-    while (threads[t].*counter < mine) {
-      if (threads[t].done) {
-        abort();  // a thread left before the others: undefined on a GPU
-      }
-      yield();
-    }
-  }
-}
-
-static void entry() {
-  body();
-  threads[threadIdx.x].done = true;
-  yield();
-}
-
-static void run_block(int count) {
-  threads = std::vector<Thread>(count);
-  for (Thread& thread : threads) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
-    makecontext(&thread.context, entry, 0);
-  }
-  // warps take turns of random length, so that one gets far ahead of another wherever no barrier forbids it
-  uint32_t random = 1;
-  for (int left = count; left > 0;) {
-    random = random * 1664525u + 1013904223u;
-    const int first = static_cast<int>(random >> 8) % (count / 32) * 32;
-    const int turns = 1 + static_cast<int>(random >> 24) % 32;
-    for (int turn = 0; turn < turns; turn++) {
-      for (int t = first; t < first + 32; t++) {
-        if (!threads[t].done) {
-          threadIdx.x = t;
-          swapcontext(&scheduler, &threads[t].context);
-          left -= threads[t].done;
-        }
-      }
-    }
-  }
-}
-
-}  // namespace host
-
-static void __syncthreads() {
-  host::meet(&host::Thread::barriers, 0, static_cast<int>(host::threads.size()));
-}
-
-// A lane may run one shuffle ahead of another, never two: two slots are enough.
-static float __shfl_down_sync(unsigned lanes, float value, int distance) {
-  if (lanes != 0xffffffffu) {
-    abort();
-  }
-  const int self = threadIdx.x;
-  const int warp = self - self % 32;
-  const int slot = host::threads[self].shuffles % 2;
-  host::threads[self].exchanged[slot] = value;
-  host::meet(&host::Thread::shuffles, warp, warp + 32);
-  const int source = self % 32 + distance < 32 ? self + distance : self;
-  return host::threads[source].exchanged[slot];
-}
+// The CUDA kernels of csrc/cuda as host functions with the arguments of their bindings, less workspace and stream; what
+// comes before those is for test_cuda_kernels.py to choose. Every integer is an int64_t, every number a float.
+#include "cuda_on_host.h"
 
 #include "csrc/cuda/gae.cuh"
+#include "csrc/cuda/logprobs.cuh"
+#include "csrc/cuda/policy.cuh"
+#include "csrc/cuda/preference.cuh"
 
-extern "C" void gae_on_host(int threads, const float* rewards, const float* values, const uint8_t* mask,
-                            const float* bootstrap, int64_t count, int64_t length, const int32_t* offsets, float gamma,
-                            float lam, float* advantages, float* returns) {
-  using namespace rlhf_fast;
+using namespace rlhf_fast;
+using namespace rlhf_fast::cuda;
+
+extern "C" void gae(int64_t threads, const float* rewards, const float* values, const uint8_t* mask,
+                    const float* bootstrap, int64_t count, int64_t length, const int32_t* offsets, int64_t tokens,
+                    float gamma, float lam, float* advantages, float* returns) {
   const Sequences sequences{count, length, offsets};
   const GaeInputs inputs{rewards, values, mask, bootstrap, gamma, lam};
-  for (int64_t block = 0; block < count; block++) {
-    blockIdx.x = static_cast<int>(block);
-    host::body = [=] {
-      if (threads == 32) {
-        cuda::gae_kernel<32>(sequences, inputs, advantages, returns);
-      } else {
-        cuda::gae_kernel<96>(sequences, inputs, advantages, returns);
-      }
-    };
-    host::run_block(threads);
+  const auto kernel = threads == 32 ? gae_kernel<32> : gae_kernel<96>;
+  host::launch(count, threads, 0, [=] { kernel(sequences, inputs, advantages, returns); });
+}
+
+extern "C" void kl_shaped_gae(int64_t threads, int64_t order, const float* scores, const float* logprobs,
+                              const float* ref_logprobs, const float* values, const uint8_t* mask,
+                              const float* bootstrap, int64_t count, int64_t length, const int32_t* offsets,
+                              int64_t tokens, float kl_coef, int64_t estimator, float clip, float gamma, float lam,
+                              int64_t whiten, float eps, float* advantages, float* returns, float* rewards, float* kl) {
+  const Sequences sequences{count, length, offsets};
+  const ShapedGaeInputs inputs{
+      scores, logprobs, ref_logprobs, values,      mask, bootstrap, kl_coef, static_cast<KlEstimator>(estimator),
+      clip,   gamma,    lam,          whiten != 0, eps};
+  const ShapedGaeResults results{advantages, returns, rewards, kl};
+  std::vector<double> leaves(3 * count);
+  float shift_and_scale[2];
+  unsigned counter = 0;
+  const Whitening whitening{leaves.data(), shift_and_scale, &counter};
+  const auto kernel = threads == 32 ? shaped_gae_kernel<32> : shaped_gae_kernel<96>;
+  host::launch(count, threads, order, [=] { kernel(sequences, inputs, results, whitening); });
+  if (whiten) {
+    const float* scale = shift_and_scale;
+    host::launch((tokens + 127) / 128, 32, 0, [=] { whiten_kernel(advantages, mask, tokens, scale); });
   }
+}
+
+extern "C" void token_logprobs_forward(const void* data, int64_t dtype, int64_t rows, int64_t columns, int64_t stride,
+                                       const int64_t* labels, int64_t ignore_index, float logit_scale,
+                                       float temperature, float softcap, float* logprobs, float* entropy, double* lse) {
+  const ConstMatrix logits{data, static_cast<Dtype>(dtype), rows, columns, stride};
+  const Head head{labels, ignore_index, logit_scale, temperature, softcap};
+  const RowStatistics out{logprobs, entropy, lse};
+  const auto kernel = dtype == 0   ? logprobs_kernel<Float32>
+                      : dtype == 1 ? logprobs_kernel<Bfloat16>
+                                   : logprobs_kernel<Float16>;
+  const unsigned threads = dtype == 0 ? threads_for<Float32>(columns) : threads_for<Bfloat16>(columns);
+  host::launch(rows, threads, 0, [=] { kernel(logits, head, transform_of(head), out); });
+}
+
+extern "C" void token_logprobs_backward(const void* data, int64_t dtype, int64_t rows, int64_t columns, int64_t stride,
+                                        const int64_t* labels, int64_t ignore_index, float logit_scale,
+                                        float temperature, float softcap, const double* lse, const float* entropy,
+                                        const float* grad_logprobs, const float* grad_entropy, void* result,
+                                        int64_t result_dtype, int64_t result_stride) {
+  const ConstMatrix logits{data, static_cast<Dtype>(dtype), rows, columns, stride};
+  const Head head{labels, ignore_index, logit_scale, temperature, softcap};
+  const UpstreamGradients gradients{grad_logprobs, grad_entropy};
+  const Matrix out{result, static_cast<Dtype>(result_dtype), result_stride};
+  const auto from_float32 = result_dtype == 0   ? logprobs_backward_kernel<Float32, Float32>
+                            : result_dtype == 1 ? logprobs_backward_kernel<Float32, Bfloat16>
+                                                : logprobs_backward_kernel<Float32, Float16>;
+  const auto kernel = dtype == 0   ? from_float32
+                      : dtype == 1 ? logprobs_backward_kernel<Bfloat16, Bfloat16>
+                                   : logprobs_backward_kernel<Float16, Float16>;
+  const unsigned threads = dtype == 0 ? threads_for<Float32>(columns) : threads_for<Bfloat16>(columns);
+  host::launch(rows, threads, 0, [=] { kernel(logits, head, transform_of(head), lse, entropy, gradients, out); });
+}
+
+extern "C" void head_rows(const float* data, int64_t rows, int64_t columns, int64_t stride, const int64_t* labels,
+                          int64_t ignore_index, float logit_scale, float temperature, float softcap, float* logprobs,
+                          float* entropy, double* lse, void* result, int64_t result_dtype, int64_t result_stride) {
+  const ConstMatrix logits{data, Dtype::float32, rows, columns, stride};
+  const Head head{labels, ignore_index, logit_scale, temperature, softcap};
+  const Matrix out{result, static_cast<Dtype>(result_dtype), result_stride};
+  const auto kernel = result_dtype == 0   ? head_rows_kernel<Float32>
+                      : result_dtype == 1 ? head_rows_kernel<Bfloat16>
+                                          : head_rows_kernel<Float16>;
+  const unsigned threads = threads_for<Float32>(columns);
+  host::launch(rows, threads, 0, [=] { kernel(logits, head, transform_of(head), {logprobs, entropy, lse}, out); });
+}
+
+extern "C" void policy_loss(int64_t order, const float* logprobs, const float* old_logprobs, const float* advantages,
+                            const uint8_t* mask, const float* ref_logprobs, const float* rollout_logprobs,
+                            const float* entropy, int64_t per_sequence, int64_t count, int64_t length,
+                            const int32_t* offsets, int64_t tokens, int64_t kind, float lower, float upper,
+                            float dual_clip, float is_clip, float kl_coef, int64_t kl_estimator, float entropy_coef,
+                            int64_t level, int64_t aggregate, const float* denominator, float divisor, float* loss,
+                            float* figures, float* gradient, float* entropy_gradient) {
+  const Tokens layout{{count, length, offsets}, tokens};
+  const PolicyTerms terms{static_cast<PolicyKind>(kind),          lower,       upper, dual_clip, is_clip, kl_coef,
+                          static_cast<KlEstimator>(kl_estimator), entropy_coef};
+  const PolicyInputs in{logprobs,         old_logprobs, advantages,        mask,  ref_logprobs,
+                        rollout_logprobs, entropy,      per_sequence != 0, terms, static_cast<Level>(level)};
+  const Reduction reduction{static_cast<Aggregate>(aggregate), denominator, divisor};
+  const PolicyResults out{loss, figures, gradient, entropy_gradient};
+  unsigned counter = 0;
+  const bool flat = is_flat(layout, in, reduction);
+  const int64_t grid = flat ? flat_blocks(layout) : sequence_blocks(layout);
+  std::vector<double> values(POLICY_FIELDS * grid);
+  const Partials partials{values.data(), &counter};
+  const auto kernel = flat ? flat_policy_kernel : sequence_policy_kernel;
+  host::launch(grid, LOSS_THREADS, order, [=] { kernel(layout, in, reduction, out, partials); });
+}
+
+extern "C" void value_loss(int64_t order, const float* values, const float* old_values, const float* returns,
+                           const uint8_t* mask, int64_t count, int64_t length, const int32_t* offsets, int64_t tokens,
+                           float clip, int64_t aggregate, const float* denominator, float divisor, float* loss,
+                           float* figures, float* gradient) {
+  const Tokens layout{{count, length, offsets}, tokens};
+  const ValueInputs in{values, old_values, returns, mask, clip};
+  const Reduction reduction{static_cast<Aggregate>(aggregate), denominator, divisor};
+  const ValueResults out{loss, figures, gradient};
+  unsigned counter = 0;
+  const bool flat = reduction.aggregate != Aggregate::sequence;
+  const int64_t grid = flat ? flat_blocks(layout) : sequence_blocks(layout);
+  std::vector<double> left(VALUE_SUMS * grid);
+  const Partials partials{left.data(), &counter};
+  const auto kernel = flat ? flat_value_kernel : sequence_value_kernel;
+  host::launch(grid, LOSS_THREADS, order, [=] { kernel(layout, in, reduction, out, partials); });
+}
+
+extern "C" void scaled_gradient(const float* gradient, const float* grad, const float* scale, int64_t n, float* out) {
+  host::launch((n + LOSS_TILE - 1) / LOSS_TILE, LOSS_THREADS, 0, [=] { scale_kernel(gradient, grad, scale, n, out); });
+}
+
+extern "C" void dpo_loss(const float* chosen, const float* rejected, const float* ref_chosen, const float* ref_rejected,
+                         int64_t pairs, float beta, float label_smoothing, int64_t kind, float* losses,
+                         float* chosen_rewards, float* rejected_rewards, float* slopes) {
+  const PreferenceInputs in{chosen, rejected, ref_chosen,      ref_rejected,
+                            pairs,  beta,     label_smoothing, static_cast<PreferenceKind>(kind)};
+  const PreferenceResults out{losses, chosen_rewards, rejected_rewards, slopes};
+  host::launch((pairs + PAIR_THREADS - 1) / PAIR_THREADS, PAIR_THREADS, 0, [=] { preference_kernel(in, out); });
 }
