@@ -86,6 +86,7 @@ def policy_loss(
         "entropy": entropy,
     }
     check_tokens(mask, cu_seqlens, **per_token)
+    _check_layout(mask)
     _check_options(kind, clip_high, dual_clip, level, cu_seqlens, mask)
     _check_terms(ref_logprobs, kl_coef, kl_estimator, rollout_logprobs, is_clip, entropy, entropy_coef)
     _check_aggregate(aggregate, denominator, cu_seqlens)
@@ -133,6 +134,7 @@ def value_loss(
         ValueError: shapes differ, or ``clip`` is given without ``old_values``.
     """
     check_tokens(mask, cu_seqlens, values=values, old_values=old_values, returns=returns)
+    _check_layout(mask)
     if clip is not None and old_values is None:
         raise ValueError("clip needs old_values; pass them, or clip=None for the plain squared error")
     _check_aggregate(aggregate, denominator, cu_seqlens)
@@ -183,19 +185,19 @@ class _ValueLoss(torch.autograd.Function):
 
 
 def _one_layout(tokens):
-    """Every tensor contiguous, floats in float32, padded tokens as (B, T): what the kernels take."""
-    packed = tokens.cu_seqlens is not None
-    mask = tokens.mask
+    """Every tensor contiguous, floats in float32, a lone sequence as (1, T): what the kernels take."""
+    lone = tokens.cu_seqlens is None and tokens.mask.dim() == 1
 
     def bring(x: Tensor | None) -> Tensor | None:
         if x is None or x is tokens.cu_seqlens:
             return x
-        if not packed and x.shape == mask.shape and mask.dim() != 2:
-            x = x.reshape(mask.shape[:-1].numel(), mask.shape[-1])
-        return (x if x.dtype == torch.bool else x.float()).contiguous()
+        x = x if x.dtype == torch.bool else x.float()
+        return (x[None] if lone else x).contiguous()
 
     brought = tokens._replace(**{name: bring(x) for name, x in tokens._asdict().items()})
-    return brought._replace(cu_seqlens=tokens.cu_seqlens.to(torch.int32).contiguous()) if packed else brought
+    if tokens.cu_seqlens is None:
+        return brought
+    return brought._replace(cu_seqlens=tokens.cu_seqlens.to(torch.int32).contiguous())
 
 
 def _divisor(denominator: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float]:
@@ -265,6 +267,11 @@ def _value_loss(values, old, returns, mask, cu_seqlens, denominator, divisor, cl
 def _scaled_gradient(gradient, grad, figures, backend):
     """gradient * grad * scale, with the saved gradient left as it is for another backward pass."""
     return kernel("policy", backend).scaled_gradient(gradient, grad, figures)
+
+
+def _check_layout(mask) -> None:
+    if mask.dim() not in (1, 2):
+        raise ValueError(f"tokens must be (B, T) or (N,), got {tuple(mask.shape)}")
 
 
 def _check_options(kind, clip_high, dual_clip, level, cu_seqlens, mask) -> None:

@@ -7,7 +7,7 @@ TYPES |= {"mask_ptr": "*u8", "cu_seqlens_ptr": "*i32", "width": "i32", "gamma": 
 
 
 def cases() -> dict[str, tuple]:
-    scan = {"BLOCK": 1024, "num_warps": 4}
+    scan = {"BLOCK": 1024, "num_warps": 8}
     # a width of 1 is compiled in as a constant, which has its own traps
     one = {"HAS_BOOTSTRAP": True, "PACKED": False, "width": 1, "BLOCK": 32, "num_warps": 1}
     return {
