@@ -12,8 +12,11 @@ namespace {
 // KL estimators, functions of d = ref_logprob - logprob (kernels/kl)
 // ---------------------------------------------------------------------------------------------------------------------
 
-// e^d - d - 1. Near 0, where the three cancel, by its series.
-RF_HD float k3_of(float d) {
+// e^d - 1 - d from d and e^d - 1. Near 0, where the three cancel, by its series.
+//
+// Here and below what costs something is computed first and selected afterwards: within a ?: the compiler makes a copy
+// of it for each branch, and a loop pays for all of them.
+RF_HD float k3_of(float d, float exponential_minus_one_of_d) {
   float p = 2.4801587e-5f;  // 1 / 8!
   p = fused(p, d, 1.9841270e-4f);
   p = fused(p, d, 1.3888889e-3f);
@@ -22,7 +25,8 @@ RF_HD float k3_of(float d) {
   p = fused(p, d, 1.6666667e-1f);
   p = fused(p, d, 0.5f);
   const float series = p * d * d;
-  return absolute(d) < 0.5f ? series : exponential_minus_one(d) - d;
+  const float difference = exponential_minus_one_of_d - d;
+  return absolute(d) < 0.5f ? series : difference;
 }
 
 struct Estimate {
@@ -31,15 +35,16 @@ struct Estimate {
 };
 
 RF_HD Estimate kl_estimate(float d, KlEstimator estimator) {
+  const float minus_one = exponential_minus_one(d);
   switch (estimator) {
     case KlEstimator::k1:
       return {-d, 1.0f};
     case KlEstimator::k2:
       return {0.5f * d * d, -d};
     case KlEstimator::k3:
-      return {k3_of(d), -exponential_minus_one(d)};
+      return {k3_of(d, minus_one), -minus_one};
     case KlEstimator::k3_plus:
-      return {k3_of(d), -d};
+      return {k3_of(d, minus_one), -d};
     default:
       return {absolute(d), d > 0.0f ? -1.0f : d < 0.0f ? 1.0f : 0.0f};
   }
@@ -55,7 +60,8 @@ constexpr float MAX_RATIO = 5.5406224e34f;  // its exponential
 
 // Bounded after the exponential, which the KL of the same log-ratio then shares.
 RF_HD float importance_ratio(float log_ratio) {
-  return log_ratio > MAX_LOG_RATIO ? MAX_RATIO : exponential(log_ratio);
+  const float ratio = exponential(log_ratio);
+  return log_ratio > MAX_LOG_RATIO ? MAX_RATIO : ratio;
 }
 
 struct Surrogate {
@@ -66,10 +72,10 @@ struct Surrogate {
   float high;           // the same from above
 };
 
-// `log_ratio` is that of the token or of its sequence, as the level has it. Here and below conditions choose between
-// two numbers and nothing else: combined with && and ||, or kept as flags, they cost the compiler its vectors.
-RF_HD Surrogate clipped_surrogate(float log_ratio, float advantage, const PolicyTerms& terms) {
-  const float ratio = importance_ratio(log_ratio);
+// `log_ratio` and `ratio`, its importance_ratio, are those of the token or of its sequence, as the level has it. Here
+// and below conditions choose between two numbers and nothing else: combined with && and ||, or kept as flags, they
+// cost the compiler its vectors.
+RF_HD Surrogate clipped_surrogate(float log_ratio, float ratio, float advantage, const PolicyTerms& terms) {
   const float from_below = ratio < terms.lower ? terms.lower : ratio;
   const float bounded = from_below > terms.upper ? terms.upper : from_below;
   const float unclipped = ratio * advantage;
@@ -84,12 +90,11 @@ RF_HD Surrogate clipped_surrogate(float log_ratio, float advantage, const Policy
           ratio < terms.lower ? if_bad : 0.0f, ratio > terms.upper ? if_good : 0.0f};
 }
 
-RF_HD Surrogate surrogate(float logprob, float log_ratio, float advantage, const PolicyTerms& terms) {
+RF_HD Surrogate surrogate(float logprob, float log_ratio, float ratio, float advantage, const PolicyTerms& terms) {
   if (terms.kind == PolicyKind::clip) {
-    return clipped_surrogate(log_ratio, advantage, terms);
+    return clipped_surrogate(log_ratio, ratio, advantage, terms);
   }
   if (terms.kind == PolicyKind::cispo) {
-    const float ratio = importance_ratio(log_ratio);
     const float weight = (ratio > terms.upper ? terms.upper : ratio) * advantage;
     const float if_good = advantage > 0.0f ? 1.0f : 0.0f;
     return {-weight * logprob, 0.0f, -weight, 0.0f, ratio > terms.upper ? if_good : 0.0f};

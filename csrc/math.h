@@ -120,42 +120,35 @@ RF_HD float fast_exp2(float x) {
   return float_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// x = (n + f) ln 2 with |f| <= 1/2. Dividing by ln 2 outright would multiply the rounding of that quotient by x.
-struct Exponent {
-  uint32_t n_bits;  // n in two's complement, below ROUNDER's own bits
-  float f;
+// x = (n + f) ln 2 with |f| <= 1/2, as half a power of two (n reaches 128, one more than a float's exponent) and
+// 2^f - 1. Both exponentials are one operation away from it: whoever needs both pays once.
+struct Exponential {
+  float half_scale;  // 2^(n - 1)
+  float fraction;    // 2^f - 1
 };
 
-RF_HD Exponent split_exponent(float x) {
-  const float shifted = fused(x, LOG2_E, ROUNDER);
-  const float n = shifted - ROUNDER;
-  // ln 2 in two parts, the first so short that n times it is exact
-  return {bits_of(shifted), fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x)) * LOG2_E};
-}
-
-// Both exponentials bound x like this: whoever needs both pays for one.
-RF_HD float bounded_exponent(float x) {
+RF_HD Exponential split_exponential(float x) {
+  // beyond the upper bound both overflow to infinity by themselves; a NaN passes both comparisons
   const float from_below = x < -86.0f ? -86.0f : x;
-  return from_below > 88.72283f ? 88.72283f : from_below;
+  const float bounded = from_below > 89.0f ? 89.0f : from_below;
+  const float shifted = fused(bounded, LOG2_E, ROUNDER);
+  const float n = shifted - ROUNDER;
+  // ln 2 in two parts, the first so short that n times it is exact: dividing by ln 2 outright would multiply the
+  // rounding of that quotient by x
+  const float f = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, bounded)) * LOG2_E;
+  return {float_of((bits_of(shifted) << 23) + 0x3f000000u), exp2_slope(f) * f};
 }
 
-// e^x, relative error below 1.3e-7. Overflows to infinity, is 0 below -86 and NaN for NaN.
+// e^x, relative error below 1.3e-7. Overflows to infinity, stays at 4.5e-38 below -86, NaN for NaN.
 RF_HD float exponential(float x) {
-  const Exponent parts = split_exponent(bounded_exponent(x));
-  const float p = fused(exp2_slope(parts.f), parts.f, 1.0f);
-  // n reaches 128, one more than a float's exponent: the last doubling comes after
-  const float e = float_of(bits_of(p) + ((parts.n_bits - 1u) << 23)) * 2.0f;
-  const float result = x < -86.0f ? 0.0f : x > 88.72283f ? infinity() : e;
-  return x == x ? result : x;
+  const Exponential e = split_exponential(x);
+  return fused(e.half_scale, e.fraction, e.half_scale) * 2.0f;
 }
 
-// e^x - 1 with all its digits near 0: 2^n (2^f - 1) + (2^n - 1), halved until the end for the same reason.
+// e^x - 1 with all its digits near 0: 2^n (2^f - 1) + (2^n - 1).
 RF_HD float exponential_minus_one(float x) {
-  const Exponent parts = split_exponent(bounded_exponent(x));
-  const float half_scale = float_of((parts.n_bits << 23) + 0x3f000000u);
-  const float half = fused(half_scale, exp2_slope(parts.f) * parts.f, half_scale - 0.5f);
-  const float result = x > 88.72283f ? infinity() : half * 2.0f;
-  return x == x ? result : x;
+  const Exponential e = split_exponential(x);
+  return fused(e.half_scale, e.fraction, e.half_scale - 0.5f) * 2.0f;
 }
 
 // c * tanh(x / c) for c > 0. One form keeps its digits near 0, the other near c.

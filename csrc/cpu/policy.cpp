@@ -78,6 +78,15 @@ int64_t count_tokens(const uint8_t* mask, Range range) {
   return count;
 }
 
+// In the width of the numbers it selects: compiled with bytes, a loop takes four vectors of floats for one of the mask
+// and shuffles lanes about, for twice the time.
+RF_LOOP void widen_mask(const uint8_t* mask, int64_t n, int32_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = mask[i];
+  }
+}
+
 void zero(float* out, Range range) {
   if (out) {
     __builtin_memset(out + range.begin, 0, (range.end - range.begin) * sizeof(float));
@@ -153,7 +162,7 @@ struct PolicyBlock {
   const float* logprobs;
   const float* old_logprobs;
   const float* advantages;
-  const uint8_t* mask;
+  const int32_t* mask;
   const float* importance;  // truncated ratio to the rollout policy, of each token
   float* gradient;
   float* through_mean;  // instead of `gradient`, what passes through the mean log-ratio of the sequence
@@ -204,7 +213,8 @@ RF_LOOP void surrogate_loop(const PolicyBlock& block, const PolicyTerms& given, 
     const float own = keep ? difference : 0.0f;
     const float advantage = keep ? given_advantage : 0.0f;
     const float log_ratio = SEQUENCE ? b.mean_log_ratio : own;
-    const Surrogate s = surrogate(logprob, log_ratio, advantage, terms);
+    const float level_ratio = importance_ratio(log_ratio);
+    const Surrogate s = surrogate(logprob, log_ratio, level_ratio, advantage, terms);
     const float factor = IMPORTANCE ? b.importance[i] * b.weight : b.weight;
     loss += IMPORTANCE ? s.loss * b.importance[i] : s.loss;
     const float slope = factor * (MEAN ? s.direct : s.through_ratio + s.direct);
@@ -214,8 +224,8 @@ RF_LOOP void surrogate_loop(const PolicyBlock& block, const PolicyTerms& given, 
     }
     low += s.low;
     high += s.high;
-    approx_kl += k3_of(own);
-    const float ratio = keep ? importance_ratio(log_ratio) : 0.0f;
+    approx_kl += k3_of(own, exponential_minus_one(own));
+    const float ratio = keep ? level_ratio : 0.0f;
     ratios += ratio;
     ratio_max = ratio > ratio_max ? ratio : ratio_max;
   }
@@ -228,7 +238,7 @@ RF_LOOP void surrogate_loop(const PolicyBlock& block, const PolicyTerms& given, 
 }
 
 // min(pi_old / pi_rollout, bound) of each token, and the metrics of that ratio before its truncation.
-RF_LOOP void importance_loop(const float* old_logprobs, const float* rollout_logprobs, const uint8_t* mask, int64_t n,
+RF_LOOP void importance_loop(const float* old_logprobs, const float* rollout_logprobs, const int32_t* mask, int64_t n,
                              float bound, float* out, PolicySums& sums) {
   float ratios = 0.0f, gap = 0.0f, ratio_max = 0.0f;
 #pragma omp simd reduction(+ : ratios, gap) reduction(max : ratio_max)
@@ -281,7 +291,7 @@ RF_LOOP void kl_metric_loop(const PolicyBlock& block, const float* ref_logprobs,
   sums.figures[KL] += kl;
 }
 
-RF_LOOP float entropy_loop(const float* entropy, const uint8_t* mask, int64_t n, float slope, float* gradient) {
+RF_LOOP float entropy_loop(const float* entropy, const int32_t* mask, int64_t n, float slope, float* gradient) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; i++) {
@@ -377,11 +387,13 @@ double mean_log_ratio(const PolicyInputs& in, Range range, int64_t count) {
 // One block, each term of the loss after the other. Returns what passes through the mean log-ratio.
 double run_block(const PolicyCall& call, PolicyBlock& block, int64_t at, PolicySums& sums) {
   const PolicyInputs& in = call.in;
+  alignas(64) int32_t mask[BLOCK];
   alignas(64) float importance[BLOCK], through_mean[BLOCK], unwanted[BLOCK];
+  widen_mask(in.mask + at, block.n, mask);
   block.logprobs = in.logprobs + at;
   block.old_logprobs = in.old_logprobs + at;
   block.advantages = in.per_sequence ? block.advantages : in.advantages + at;
-  block.mask = in.mask + at;
+  block.mask = mask;
   block.importance = importance;
   block.gradient = call.out.gradient ? call.out.gradient + at : unwanted;
   block.through_mean = through_mean;
@@ -480,7 +492,8 @@ RF_LOOP void value_loop(const ValueInputs& in, int64_t at, int64_t n, float weig
   const float* values = in.values + at;
   const float* old_values = in.old_values + at;
   const float* returns = in.returns + at;
-  const uint8_t* mask = in.mask + at;
+  alignas(64) int32_t mask[BLOCK];
+  widen_mask(in.mask + at, n, mask);
   const float clip = in.clip;
   float loss = 0.0f, clipped = 0.0f, value_sum = 0.0f, return_sum = 0.0f;
 #pragma omp simd reduction(+ : loss, clipped, value_sum, return_sum)

@@ -206,7 +206,8 @@ __device__ __forceinline__ float rollout_weight(const PolicyFour& four, int i, c
 __device__ __forceinline__ float policy_token(const PolicyFour& four, int i, float log_ratio, const PolicyInputs& in,
                                               float share, ThreadTotals<POLICY_FIELDS>& mine) {
   const float logprob = four.logprob.x[i];
-  const Surrogate term = surrogate(logprob, log_ratio, four.advantage.x[i], in.terms);
+  const float ratio = importance_ratio(log_ratio);
+  const Surrogate term = surrogate(logprob, log_ratio, ratio, four.advantage.x[i], in.terms);
   const float weight = rollout_weight(four, i, in);
   float loss = weight * term.loss;
   float slope = weight * (in.level == Level::sequence ? term.direct : term.direct + term.through_ratio);
@@ -230,13 +231,12 @@ __device__ __forceinline__ float policy_token(const PolicyFour& four, int i, flo
     mine.sums[SUM_GAP] += absolute(four.old.x[i] - four.rollout.x[i]);
     mine.sums[TOP_IS_RATIO] = Max()(mine.sums[TOP_IS_RATIO], ratio);
   }
-  const float ratio = importance_ratio(log_ratio);
   mine.loss += share * loss;
   mine.sums[SUM_TOKENS] += 1.0f;
   mine.sums[SUM_LOW] += term.low ? 1.0f : 0.0f;
   mine.sums[SUM_HIGH] += term.high ? 1.0f : 0.0f;
   mine.sums[SUM_REGION] += term.low || term.high ? 1.0f : 0.0f;
-  mine.sums[SUM_APPROX_KL] += k3_of(logprob - four.old.x[i]);
+  mine.sums[SUM_APPROX_KL] += k3_of(logprob - four.old.x[i], exponential_minus_one(logprob - four.old.x[i]));
   mine.sums[SUM_RATIO] += ratio;
   mine.sums[TOP_RATIO] = Max()(mine.sums[TOP_RATIO], ratio);
   return slope;
@@ -349,7 +349,8 @@ __device__ __forceinline__ SequenceTerms sequence_terms(const PolicyReader& read
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         if (four.counts.x[i]) {
-          const Surrogate term = surrogate(four.logprob.x[i], terms.log_ratio, four.advantage.x[i], in.terms);
+          const Surrogate term = surrogate(four.logprob.x[i], terms.log_ratio, importance_ratio(terms.log_ratio),
+                                           four.advantage.x[i], in.terms);
           through += rollout_weight(four, i, in) * term.through_ratio;
         }
       }

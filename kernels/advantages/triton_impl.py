@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 BLOCK, WARPS = 1024, 4
+PACKED_BLOCK = 512
 # of a scan, whose maps take room: one 16-byte vector of tokens a thread
 SCAN_WARPS = 8
 # what one program whitens by itself, in one launch: 32 numbers a thread
@@ -567,7 +568,7 @@ def _apply_moments(x: Tensor, mask: Tensor, moments: Tensor, out: Tensor, shift_
 def _sequences(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, dict[str, int]]:
     """How many programs, the width of a padded row, and the launch options of a program that walks a sequence."""
     count, width = mask.shape if cu_seqlens is None else (len(cu_seqlens) - 1, 0)
-    # the longest packed sequence would have to be read back; the mean length chooses the block
-    length = width or triton.cdiv(mask.numel(), max(count, 1))
+    # one block for all packed sequences: chosen by their lengths, a sequence's bits would depend on its neighbours
+    length = width if cu_seqlens is None else PACKED_BLOCK
     block = max(min(BLOCK, 32), min(triton.next_power_of_2(max(length, 1)), BLOCK))
     return count, width, {"BLOCK": block, "num_warps": max(1, min(SCAN_WARPS, block // 128))}

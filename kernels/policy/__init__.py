@@ -185,19 +185,20 @@ class _ValueLoss(torch.autograd.Function):
 
 
 def _one_layout(tokens):
-    """Every tensor contiguous, floats in float32, a lone sequence as (1, T): what the kernels take."""
+    """What the kernels take: contiguous, floats in float32, a lone sequence as (1, T), constants detached."""
     lone = tokens.cu_seqlens is None and tokens.mask.dim() == 1
 
-    def bring(x: Tensor | None) -> Tensor | None:
-        if x is None or x is tokens.cu_seqlens:
-            return x
+    def bring(name: str, x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        if name == "cu_seqlens":
+            return x.to(torch.int32).contiguous()
+        # detaching also makes two of a tensor that is given twice, which torch.compile refuses in one Function
+        x = x if name in ("logprobs", "entropy", "values") else x.detach()
         x = x if x.dtype == torch.bool else x.float()
         return (x[None] if lone else x).contiguous()
 
-    brought = tokens._replace(**{name: bring(x) for name, x in tokens._asdict().items()})
-    if tokens.cu_seqlens is None:
-        return brought
-    return brought._replace(cu_seqlens=tokens.cu_seqlens.to(torch.int32).contiguous())
+    return tokens._replace(**{name: bring(name, x) for name, x in tokens._asdict().items()})
 
 
 def _divisor(denominator: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float]:

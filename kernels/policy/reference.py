@@ -81,7 +81,9 @@ def value_loss(
         old = select(tokens.old_values, mask)
         # as a clamp of the difference: min and max of old +- clip would round twice
         clipped = (old + (values - old).clamp(-clip, clip) - returns).square()
-        clipped_share = masked_mean((clipped > error).float(), mask)
+        # inside the bounds the two differ by rounding alone
+        outside = (values - old).abs() > clip
+        clipped_share = masked_mean((outside & (clipped > error)).to(values.dtype), mask)
         error = torch.maximum(error, clipped)
     metrics = {
         "clip_fraction": clipped_share,
@@ -114,9 +116,9 @@ def _ratio(log_ratio: Tensor, mask: Tensor, level: str, cu_seqlens: Tensor | Non
 
 def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {
-        "clip_low": masked_mean(low.float(), mask),
-        "clip_high": masked_mean(high.float(), mask),
-        "clip_region": masked_mean((low | high).float(), mask),
+        "clip_low": masked_mean(low.to(ratio.dtype), mask),
+        "clip_high": masked_mean(high.to(ratio.dtype), mask),
+        "clip_region": masked_mean((low | high).to(ratio.dtype), mask),
         "approx_kl": masked_mean(kl_penalty(-log_ratio, torch.zeros_like(log_ratio), "k3"), mask),
         "ratio_mean": masked_mean(ratio, mask),
         "ratio_max": _masked_max(ratio, mask),

@@ -336,8 +336,9 @@ def value_error(value, old, target, clip, HAS_CLIP: tl.constexpr):
         moved = value - old
         # as a clamp of the difference: min and max of old +- clip would round twice
         other = old + tl.where(moved < -clip, -clip, tl.where(moved > clip, clip, moved)) - target
-        clipped = other * other > used * used
-        slope = tl.where(clipped & (tl.abs(moved) > clip), 0.0, tl.where(clipped, other, used))
+        # inside the bounds the two differ by rounding alone
+        clipped = (tl.abs(moved) > clip) & (other * other > used * used)
+        slope = tl.where(clipped, 0.0, used)
         used = tl.where(clipped, other, used)
     return 0.5 * used * used, slope, clipped
 
