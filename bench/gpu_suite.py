@@ -232,7 +232,7 @@ def bench_steps(out: Path, sizes: Sizes, families: list[str]) -> list[Step]:
 
 
 def sanitize(suite: Suite, dry: bool) -> None:
-    """Out-of-bounds accesses and races of every kernel, where compute-sanitizer is installed."""
+    """Out-of-bounds accesses of every kernel and races in shared memory, where compute-sanitizer is installed."""
     tool = shutil.which("compute-sanitizer")
     if dry or tool is None:
         reason = "left out: a dry run" if dry else "left out: no compute-sanitizer"

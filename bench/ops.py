@@ -71,6 +71,9 @@ def shape_of(text: str) -> tuple[int, ...]:
 def restart_with_settings(threads: int) -> None:
     """Both settings are read when torch is loaded, so they must be there before."""
     wanted = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    # where glibc's own adapting ends up in any process that has freed a few large tensors: until then it hands every
+    # freed tensor back to the system, and the next one costs more in page faults than its arithmetic
+    wanted |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, "-m", "bench.ops", *sys.argv[1:]], os.environ | wanted)
 

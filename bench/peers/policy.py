@@ -118,7 +118,8 @@ def eager_value(values, old_values, returns, mask):
     first, second = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * (torch.maximum(first, second) * mask).sum() / count
     with torch.no_grad():
-        metrics = [(x * mask).sum() / count for x in ((second > first), values, returns)]
+        outside = (values - old_values).abs() > CLIP
+        metrics = [(x * mask).sum() / count for x in (outside & (second > first), values, returns)]
     return loss, *metrics
 
 

@@ -6,8 +6,11 @@
 
 namespace rlhf_fast::cuda {
 
-// a shorter sequence fits one warp, which needs no barrier across warps; `length` bounds packed sequences too
-constexpr int64_t ONE_WARP = 256;
+// A short sequence fits one warp, which needs no barrier across warps. Not among packed ones, whose lengths are known
+// on the device only: their mean would make a sequence's bits depend on its neighbours.
+bool fits_one_warp(const Sequences& sequences) {
+  return !sequences.offsets && sequences.length <= 256;
+}
 
 int gae(const Sequences& sequences, const GaeInputs& inputs, float* advantages, float* returns, void* stream) {
   if (sequences.count == 0) {
@@ -15,7 +18,7 @@ int gae(const Sequences& sequences, const GaeInputs& inputs, float* advantages, 
   }
   const auto blocks = static_cast<unsigned>(sequences.count);
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (sequences.length <= ONE_WARP) {
+  if (fits_one_warp(sequences)) {
     gae_kernel<32><<<blocks, 32, 0, queue>>>(sequences, inputs, advantages, returns);
   } else {
     gae_kernel<256><<<blocks, 256, 0, queue>>>(sequences, inputs, advantages, returns);
@@ -40,7 +43,7 @@ int kl_shaped_gae(const Sequences& sequences, const ShapedGaeInputs& inputs, con
   if (inputs.whiten) {
     cudaMemsetAsync(whitening.counter, 0, sizeof(unsigned), queue);
   }
-  if (sequences.length <= ONE_WARP) {
+  if (fits_one_warp(sequences)) {
     shaped_gae_kernel<32><<<blocks, 32, 0, queue>>>(sequences, inputs, results, whitening);
   } else {
     shaped_gae_kernel<256><<<blocks, 256, 0, queue>>>(sequences, inputs, results, whitening);

@@ -3,9 +3,9 @@
 // row's result is the same bits whatever rows surround it, and at whatever address it begins.
 #pragma once
 
+#include "../head.h"
 #include "device.cuh"
 #include "formats.cuh"
-#include "head.h"
 
 namespace rlhf_fast::cuda {
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_fast.kernels.dispatch import choose, implementation, kernel
 from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.kernels.registry import register
-from rlhf_fast.kernels.segments import check_tokens, promote, select
+from rlhf_fast.kernels.segments import check_devices, check_tokens, promote, select
 
 from . import reference
 
@@ -198,6 +198,7 @@ def group_advantages(
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
     if group_ids is not None and group_ids.shape != rewards.shape:
         raise ValueError(f"group_ids must be {tuple(rewards.shape)} like rewards, got {tuple(group_ids.shape)}")
+    check_devices(rewards, group_ids=group_ids)
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"unknown scale {scale!r}; known: group, batch, none")
     if baseline not in ("mean", "leave_one_out"):
@@ -224,12 +225,14 @@ def _check_scores(scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, estim
         raise ValueError(f"without cu_seqlens tokens must be (B, T), got {tuple(mask.shape)}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    check_devices(mask, scores=scores)
 
 
 def _check_bootstrap(bootstrap: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None) -> None:
     rows = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
     if bootstrap is not None and bootstrap.shape != (rows,):
         raise ValueError(f"bootstrap must be one value per sequence ({rows},), got {tuple(bootstrap.shape)}")
+    check_devices(mask, bootstrap=bootstrap)
 
 
 def _one_layout(*tensors: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor | None]:

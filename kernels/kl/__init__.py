@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels.dispatch import choose, kernel
 from rlhf_fast.kernels.registry import register
-from rlhf_fast.kernels.segments import promote
+from rlhf_fast.kernels.segments import check_devices, promote
 
 from .reference import ESTIMATORS
 
@@ -31,6 +32,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    check_devices(logprobs, ref_logprobs=ref_logprobs)
     backend = choose("kl", "kl_penalty", logprobs, ref_logprobs)
     if backend == "reference":
         return ESTIMATORS[estimator](promote(ref_logprobs) - promote(logprobs))
@@ -49,6 +51,7 @@ class _KlPenalty(torch.autograd.Function):
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (slope,) = ctx.saved_tensors
         of_logprobs = grad * slope

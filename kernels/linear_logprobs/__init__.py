@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels.logprobs import check_labels, check_options, rows_of
-from rlhf_fast.kernels.segments import promote
+from rlhf_fast.kernels.segments import check_devices, promote
 
 from . import chunked
 
@@ -62,7 +63,7 @@ def linear_logprobs(
         chunk_size: rows whose logits exist at a time; None chooses by device and shape.
     Returns:
         logprobs (...), or logprobs and entropy; float32 (float64 for float64), differentiable in hidden, weight, bias.
-        Inside ``torch.autocast`` hidden, weight and bias are cast to its dtype, as a linear layer would.
+        Inside ``torch.autocast`` hidden and weight are cast to its dtype, as a linear layer would; a bias never is.
     Raises:
         IndexError: on the CPU, or anywhere with RLHF_FAST_DEBUG=1, a label is out of range. Otherwise its row is NaN.
         ValueError: shapes or dtypes differ, or an option is out of range.
@@ -114,6 +115,7 @@ def linear_cross_entropy(
     hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)
     if weights is not None and weights.shape != labels.shape:
         raise ValueError(f"weights must have the labels' shape {tuple(labels.shape)}, got {tuple(weights.shape)}")
+    check_devices(labels, weights=weights)
     factor = _token_weights(weights, labels, ignore_index, promote(hidden).dtype)
     if reduction == "mean":
         total = factor.sum()
@@ -157,6 +159,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, row_entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         labels, *kept = ctx.saved_tensors
         # a compiled graph fills in zeros even for what was marked as not differentiable
@@ -196,6 +199,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         d_hidden, d_weight, d_bias = (
             _times(grad, g) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)
@@ -220,6 +224,7 @@ def _operands(hidden, weight, bias, labels, chunk_size):
             f"hidden must be (*labels.shape, D) and weight (V, D): got hidden {tuple(hidden.shape)}, labels "
             f"{tuple(labels.shape)}, weight {tuple(weight.shape)}"
         )
+    check_devices(hidden, weight=weight, labels=labels, bias=bias)
     if bias is not None and bias.shape != (vocab_size,):
         raise ValueError(f"bias must be ({vocab_size},), got {tuple(bias.shape)}")
     if chunk_size is not None and chunk_size < 1:

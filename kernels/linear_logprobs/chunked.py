@@ -17,11 +17,12 @@ from rlhf_fast.kernels.segments import promote
 # what the forward pass keeps for the backward pass
 KEEP_NOTHING, KEEP_VECTOR, KEEP_VECTORS, KEEP_ROWS = range(4)
 
-_CUDA_CHUNK_BYTES = 850_000_000  # logits and gradient rows of one chunk
+_CUDA_CHUNK_BYTES = 1_060_000_000  # logits and gradient rows of one chunk
 # On one AVX-512 core, against two bare GEMMs of 256 x 896 x 151,936 in float32: 64 rows cost 1.27 times, 128 rows 1.10,
-# 256 rows 1.06; a bf16 head 1.12 times with slabs of 2 MiB, 1.19 with 8. So vocabularies beyond 98,304 get more bytes.
+# 256 rows 1.06; on two cores 128 rows cost one GEMM 1.31 times. So vocabularies beyond 49,152 get more bytes. A bf16
+# head costs 1.12 times with slabs of 2 MiB, 1.19 with 8.
 _CPU_CHUNK_BYTES = 48 << 20
-_CPU_MIN_ROWS = 128
+_CPU_MIN_ROWS = 256
 _CPU_SLAB_BYTES = 2 << 20  # float32 copy of a slab of a 16-bit head
 
 
@@ -37,28 +38,32 @@ def choose_chunk_size(hidden: Tensor, weight: Tensor, entropy: bool = False) -> 
     """How many rows' logits exist at a time; ``entropy`` if its gradient is wanted, which needs them twice."""
     (vocab_size, width), num_rows = weight.shape, len(hidden)
     if hidden.device.type != "cuda":
-        bytes_per_row = vocab_size * promote(hidden[:0]).element_size() * (2 if entropy else 1)
-        limit = max(_CPU_MIN_ROWS, _CPU_CHUNK_BYTES // bytes_per_row)
+        buffers = 2 if entropy else 1
+        bytes_per_row = vocab_size * promote(hidden[:0]).element_size() * buffers
+        limit = max(_CPU_MIN_ROWS // buffers, _CPU_CHUNK_BYTES // bytes_per_row)
         # of equal size, as a small last one would read the whole head for a few rows
         num_chunks = max(1, -(-num_rows // limit))
         return max(1, -(-num_rows // num_chunks))
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
     limit = _CUDA_CHUNK_BYTES // (vocab_size * (4 + hidden.element_size()))
-    return fill_processors(max(128, min(num_rows, limit)), width, processors)
+    return fill_processors(num_rows, limit, width, processors)
 
 
-def fill_processors(limit: int, width: int, processors: int) -> int:
-    """The chunk, a multiple of 128 rows up to ``limit``, whose (rows, width) GEMM leaves the fewest SMs idle.
+def fill_processors(num_rows: int, limit: int, width: int, processors: int) -> int:
+    """The chunk, a multiple of 128 rows up to ``limit``, whose (rows, width) GEMMs take the fewest waves of tiles.
 
-    With tiles of 128 x 256, as cuBLAS chooses: 1024 rows of width 4096 keep 97% of 132 SMs busy, 1536 only 73%.
+    A wave costs the same however few SMs it fills, the last chunk's too. With tiles of 128 x 256, as cuBLAS chooses,
+    1024 rows of width 4096 are one wave of 132 SMs, 97% full; 1152 are two. Among equals the fewest chunks win.
     """
 
-    def idle_share(rows: int) -> tuple[float, int]:
-        tiles = rows // 128 * -(-width // 256)
-        waves = -(-tiles // processors)
-        return round(1 - tiles / (waves * processors), 2), -rows
+    def waves(rows: int) -> tuple[int, int]:
+        full, tail = divmod(num_rows, rows)
+        sizes = [(full, rows), (1, tail)]
+        tiles = [(count, -(-size // 128) * -(-width // 256)) for count, size in sizes]
+        return sum(count * -(-t // processors) for count, t in tiles), -rows
 
-    return min(range(128, max(limit, 128) + 1, 128), key=idle_share)
+    most = min(max(limit // 128, 1), max(-(-num_rows // 128), 1))
+    return min(range(128, 128 * most + 1, 128), key=waves)
 
 
 def _outputs(hidden, weight, labels, keep) -> tuple[Tensor, ...]:
@@ -305,7 +310,11 @@ class _Gradients:
         if self.need_weight:
             self.gemm.add_outer(self.weight, rows, hidden)
         if self.need_bias:
-            self.bias += (rows if grad is None else grad * rows).sum(0, dtype=self.gemm.work)
+            # by slabs: a float32 product of kept rows would be as large as the logits that were never held
+            for start in range(0, len(rows), _CPU_MIN_ROWS):
+                slab = slice(start, start + _CPU_MIN_ROWS)
+                part = rows[slab] if grad is None else grad[slab] * rows[slab]
+                self.bias += part.sum(0, dtype=self.gemm.work)
 
     def finish(self, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(scale, Tensor):

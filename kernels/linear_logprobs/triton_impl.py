@@ -75,8 +75,9 @@ def short_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     column = tl.arange(0, BLOCK)
-    x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf"), eviction_policy="evict_first")
     label = tl.load(labels_ptr + row)
+    mask = column < tl.where(label == ignore_index, 0, vocab_size)
+    x = tl.load(row_ptr + column, mask=mask, other=float("-inf"), eviction_policy="evict_first")
     u_label = squashed_label(row_ptr, label, vocab_size, inner, HAS_SOFTCAP)
     # the gradient may overwrite the label's logit that another thread has yet to read
     tl.debug_barrier()
@@ -122,22 +123,23 @@ def long_rows_kernel(
     old_row = (old // TILES).to(tl.int64)
     old_column = (old % TILES) * BLOCK + lane
     old_mask = old_column < tl.where(has_old, vocab_size, 0)
-    old_x = tl.load(logits_ptr + old_row * stride + old_column, mask=old_mask, other=0.0, eviction_policy="evict_first")
+    old_label = tl.load(labels_ptr + old_row)
+    read = old_column < tl.where(has_old & (old_label != ignore_index), vocab_size, 0)
+    old_x = tl.load(logits_ptr + old_row * stride + old_column, mask=read, other=0.0, eviction_policy="evict_first")
     row = (new // TILES).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     column = (new % TILES) * BLOCK + lane
-    mask = column < tl.where(new < num_tiles, vocab_size, 0)
+    label = tl.load(labels_ptr + row, mask=new < num_tiles, other=ignore_index)
+    mask = column < tl.where(label == ignore_index, 0, vocab_size)
     x = tl.load(row_ptr + column, mask=mask, other=float("-inf"), eviction_policy="evict_last")
     while tl.atomic_add(arrived_ptr + old_row, 0, sem="acquire", scope="gpu") < tl.where(has_old, TILES, 0):
         pass
     tl.debug_barrier()
-    old_label = tl.load(labels_ptr + old_row)
     old_peak, old_total, old_moment = combined_statistics(partials_ptr, old_row, num_tiles, TILES, LANES)
     if new < num_tiles:
         peak, total, moment = tile_statistics(x, column, vocab_size, inner, outer, HAS_SOFTCAP)
         store_statistics(partials_ptr, new, num_tiles, peak, total, moment)
         if new % TILES == 0:
-            label = tl.load(labels_ptr + row)
             tl.store(u_labels_ptr + row, squashed_label(row_ptr, label, vocab_size, inner, HAS_SOFTCAP))
         tl.debug_barrier()
         tl.atomic_add(arrived_ptr + row, 1, sem="release", scope="gpu")

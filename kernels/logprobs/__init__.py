@@ -6,10 +6,11 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels.dispatch import choose, implementation, kernel
 from rlhf_fast.kernels.registry import register
-from rlhf_fast.kernels.segments import check_tokens, promote, select, sequence_sum
+from rlhf_fast.kernels.segments import check_devices, check_tokens, promote, select, sequence_sum
 
 __all__ = ["sequence_logprobs", "token_logprobs"]
 
@@ -50,6 +51,7 @@ def token_logprobs(
     if logits.dim() < 1 or logits.shape[:-1] != labels.shape or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (*labels.shape, V): got {tuple(logits.shape)} and {tuple(labels.shape)}")
     check_options(temperature, softcap, entropy)
+    check_devices(logits, labels=labels)
     rows = rows_of(logits, labels.numel())
     flat = labels.reshape(-1).long().contiguous()
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -96,6 +98,7 @@ class _SequenceLogprobs(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _sequence_logprobs_backward(grad.contiguous(), *ctx.saved_tensors, ctx.average, ctx.backend), *[None] * 4
 
@@ -113,6 +116,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, row_entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, labels, lse, row_entropy = ctx.saved_tensors
         # a compiled graph fills in zeros even for what was marked as not differentiable

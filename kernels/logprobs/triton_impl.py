@@ -158,10 +158,11 @@ def forward_kernel(
     row = (tile // TILES).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     column = (tile % TILES) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(row_ptr + column, mask=column < vocab_size, other=float("-inf"), eviction_policy="evict_first")
+    label = tl.load(labels_ptr + row)
+    mask = column < tl.where(label == ignore_index, 0, vocab_size)
+    x = tl.load(row_ptr + column, mask=mask, other=float("-inf"), eviction_policy="evict_first")
     statistics = tile_statistics(x, column, vocab_size, inner, outer, HAS_SOFTCAP)
     if TILES == 1:
-        label = tl.load(labels_ptr + row)
         u_label = squashed_label(row_ptr, label, vocab_size, inner, HAS_SOFTCAP)
         outputs = logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index
         store_results(*outputs, u_label, outer, *statistics)
@@ -219,9 +220,14 @@ def backward_kernel(
     tile = tl.program_id(0)
     row = (tile // TILES).to(tl.int64)
     column = (tile % TILES) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * stride + column, mask=column < vocab_size, other=0.0, eviction_policy="evict_first")
     label = tl.load(labels_ptr + row)
     grad = tl.load(grad_logprobs_ptr + row)
+    nothing = grad == 0.0
+    if HAS_ENTROPY:
+        nothing = nothing & (tl.load(grad_entropy_ptr + row) == 0.0)
+    nothing = nothing | (label == ignore_index)
+    mask = column < tl.where(nothing, 0, vocab_size)
+    x = tl.load(logits_ptr + row * stride + column, mask=mask, other=0.0, eviction_policy="evict_first")
     grad = tl.where((label >= 0) & (label < vocab_size), grad, float("nan"))
     # the float64 lse in two float32 parts: only the row's scalar pays for float64
     lse = tl.load(lse_ptr + row)
@@ -235,7 +241,7 @@ def backward_kernel(
         # p log p is 0 at p = 0, where log p may be -inf
         surprise = tl.where(p == 0.0, 0.0, p * (log_p + tl.load(entropy_ptr + row)))
         d_z -= tl.load(grad_entropy_ptr + row) * surprise
-    d_x = tl.where(label == ignore_index, 0.0, d_z * slope(u, inner, outer, HAS_SOFTCAP))
+    d_x = tl.where(nothing, 0.0, d_z * slope(u, inner, outer, HAS_SOFTCAP))
     out = out_ptr + row * out_stride + column
     tl.store(out, d_x.to(out_ptr.dtype.element_ty), mask=column < vocab_size, eviction_policy="evict_first")
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels.dispatch import choose, kernel
 from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.kernels.registry import register
-from rlhf_fast.kernels.segments import AGGREGATES, check_tokens
+from rlhf_fast.kernels.segments import AGGREGATES, check_devices, check_tokens
 
 from . import reference
 from .reference import KINDS, LEVELS
@@ -159,6 +160,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, figures
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         figures, *gradients = ctx.saved_tensors
         of_logprobs, of_entropy = (
@@ -178,6 +180,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, figures
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         figures, gradient = ctx.saved_tensors
         gradient = _scaled_gradient(gradient, grad, figures, ctx.backend)
@@ -203,8 +206,9 @@ def _one_layout(tokens):
 
 def _divisor(denominator: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float]:
     """The denominator as a tensor, or as a number in which 0 stands for the local count."""
-    if isinstance(denominator, Tensor):
+    if isinstance(denominator, Tensor) and (denominator.device == device or torch.compiler.is_compiling()):
         return denominator.detach().to(device, torch.float32).reshape(()), 0.0
+    # a number on the host costs nothing to read; copying it to a GPU would wait
     return None, 0.0 if denominator is None else float(denominator)
 
 
@@ -306,6 +310,7 @@ def _check_advantages(advantages, mask, cu_seqlens) -> None:
             f"advantages must be one per sequence ({rows},) or one per token {tuple(mask.shape)}, "
             f"got {tuple(advantages.shape)}"
         )
+    check_devices(mask, advantages=advantages)
 
 
 def _check_terms(ref_logprobs, kl_coef, kl_estimator, rollout_logprobs, is_clip, entropy, entropy_coef) -> None:

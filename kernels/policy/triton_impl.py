@@ -119,6 +119,9 @@ def finish(
         if HAS_DENOMINATOR:
             denominator = tl.load(denominator_ptr)
         figures = tl.where(is_maximum, row, row / tokens)
+        # maxima pass over NaN, the mean in the column before does not
+        mean_before = tl.sum(tl.where(column[None, :] + 1 == column[:, None], figures[None, :], 0.0), 1)
+        figures = tl.where(is_maximum & ~(mean_before <= float("inf")), mean_before, figures)
         tl.store(loss_ptr, pick(row, column, _LOSS) / denominator)
         tl.store(figures_ptr + column, tl.where(column == 0, 1.0 / denominator, figures), mask=column < NUM_FIGURES)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels.dispatch import choose, kernel
 from rlhf_fast.kernels.registry import register
-from rlhf_fast.kernels.segments import promote
+from rlhf_fast.kernels.segments import check_devices, promote
 
 from .reference import KINDS, SMOOTHED
 
@@ -54,6 +55,7 @@ def dpo_loss(
     if not chosen.shape == rejected.shape == ref_chosen.shape == ref_rejected.shape:
         shapes = [tuple(x.shape) for x in (chosen, rejected, ref_chosen, ref_rejected)]
         raise ValueError(f"chosen, rejected, ref_chosen and ref_rejected must share one shape, got {shapes}")
+    check_devices(chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     tensors = (chosen, rejected, ref_chosen, ref_rejected)
     backend = choose("preference", "dpo_loss", *tensors)
     if backend == "reference":
@@ -76,6 +78,7 @@ class _DpoLoss(torch.autograd.Function):
         return losses, chosen_rewards, rejected_rewards
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         (slopes,) = ctx.saved_tensors
         of_chosen, of_rejected = (grad * slopes).unbind()

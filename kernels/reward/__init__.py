@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels.dispatch import choose, kernel
 from rlhf_fast.kernels.registry import register
-from rlhf_fast.kernels.segments import promote
+from rlhf_fast.kernels.segments import check_devices, promote
 
 from . import reference
 
@@ -34,6 +35,7 @@ def pairwise_reward_loss(
     if chosen.shape != rejected.shape or (margin is not None and margin.shape != chosen.shape):
         shapes = [tuple(x.shape) for x in (chosen, rejected, margin) if x is not None]
         raise ValueError(f"chosen, rejected and margin must share one shape, got {shapes}")
+    check_devices(chosen, rejected=rejected, margin=margin)
     backend = choose("reward", "pairwise_reward_loss", *(x for x in (chosen, rejected, margin) if x is not None))
     if backend == "reference" or (margin is not None and margin.requires_grad):
         margin = None if margin is None else promote(margin)
@@ -78,6 +80,7 @@ class _PairwiseRewardLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (slopes,) = ctx.saved_tensors
         grads = (grad * slopes).unbind()

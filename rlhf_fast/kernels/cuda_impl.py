@@ -44,12 +44,10 @@ def address(x: Tensor | None) -> int:
 
 
 def extent(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
-    """Number of sequences, their length, the address of their boundaries if packed, and number of tokens."""
+    """Number of sequences, their length if padded, the address of their boundaries if packed, and number of tokens."""
     if cu_seqlens is None:
         return x.shape[0], x.shape[1], 0, x.numel()
-    num_sequences = len(cu_seqlens) - 1
-    # the mean length chooses the block size; the longest would have to be read back from the device
-    return num_sequences, len(x) // max(num_sequences, 1), cu_seqlens.data_ptr(), len(x)
+    return len(cu_seqlens) - 1, 0, cu_seqlens.data_ptr(), len(x)
 
 
 def workspace(num_bytes: int, device: torch.device) -> Tensor:

@@ -51,8 +51,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operations inside the block on one backend: ``with use_backend("reference"): ...``.
 
     Args:
-        name: a name of ``BACKENDS``, a comma-separated order of preference, or ``"auto"``. The backward pass follows
-            the choice in force when ``backward()`` runs.
+        name: a name of ``BACKENDS``, a comma-separated order of preference, or ``"auto"``. The backward pass of
+            ``token_logprobs`` and ``linear_logprobs`` follows the choice in force when it runs, others that of the forward pass.
     Raises:
         ValueError: a name is unknown.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("rlhf_fast", "FRAGMENT")
 IMPLEMENTATIONS: dict[str, Callable] = {}  # op name -> the Python function behind it
@@ -24,9 +26,22 @@ def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
     def decorate(run: Callable) -> Callable:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _on_its_device(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_LIBRARY)
         IMPLEMENTATIONS[name] = run
         return getattr(torch.ops.rlhf_fast, name).default
 
     return decorate
+
+
+def _on_its_device(run: Callable) -> Callable:
+    """Run on the GPU that holds the first tensor: Triton launches on the current one, whatever it is given."""
+
+    @wraps(run)
+    def guarded(x: Tensor, *rest):
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return run(x, *rest)
+        with torch.cuda.device(x.device):
+            return run(x, *rest)
+
+    return guarded

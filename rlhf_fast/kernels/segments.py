@@ -22,12 +22,13 @@ def select(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_tokens(mask: Tensor, cu_seqlens: Tensor | None, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless every tensor has the mask's shape: (B, T), or (N,) with ``cu_seqlens``."""
+    """Raise ValueError unless every tensor has the mask's shape and device: (B, T), or (N,) with ``cu_seqlens``."""
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, got {mask.dtype}; write `mask.bool()`")
     for name, x in tensors.items():
         if x is not None and x.shape != mask.shape:
             raise ValueError(f"{name} must have the mask's shape {tuple(mask.shape)}, got {tuple(x.shape)}")
+    check_devices(mask, cu_seqlens=cu_seqlens, **tensors)
     if cu_seqlens is None:
         return
     if mask.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
@@ -38,6 +39,13 @@ def check_tokens(mask: Tensor, cu_seqlens: Tensor | None, **tensors: Tensor | No
     # reading the last boundary is free on the CPU, a stall on a GPU and impossible in a compiled graph
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and int(cu_seqlens[-1]) != len(mask):
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {len(mask)} tokens")
+
+
+def check_devices(like: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is where ``like`` is: native kernels are given addresses."""
+    for name, x in tensors.items():
+        if x is not None and x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}, the other tensors are on {like.device}; move it there")
 
 
 def segment_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

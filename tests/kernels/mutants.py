@@ -66,8 +66,8 @@ PYTHON = (
     Mutant(
         "log-sum-exp in float32",
         "kernels/logprobs/reference.py",
-        "return offset.double() + (z - offset[:, None]).exp().sum(-1).log().double()",
-        "return (offset + (z - offset[:, None]).exp().sum(-1).log()).double()",
+        "- log_sum[:, None], offset.double() + log_sum.double()",
+        "- log_sum[:, None], (offset + log_sum).double()",
         on("reference", TOKENS),
     ),
     Mutant(
@@ -466,21 +466,21 @@ TRITON = (
 NATIVE = (
     Mutant(
         "temperature dropped from backward",
-        "csrc/cpu/logprobs.cpp",
+        "csrc/head.h",
         "      static_cast<float>(head.logit_scale * inverse_temperature),",
         "      head.logit_scale,",
         on("cpu", TOKENS),
     ),
     Mutant(
         "sign of the entropy's gradient",
-        "csrc/cpu/logprobs.cpp",
+        "csrc/head.h",
         "static_cast<float>(slope * (-up.logprob_gradient - up.entropy_gradient * up.entropy)),",
         "static_cast<float>(slope * (-up.logprob_gradient + up.entropy_gradient * up.entropy)),",
         on("cpu", TOKENS),
     ),
     Mutant(
         "1 - p without expm1",
-        "csrc/cpu/logprobs.cpp",
+        "csrc/head.h",
         "-up.logprob_gradient * __builtin_expm1(logprob)",
         "-up.logprob_gradient * (static_cast<float>(p) - 1.0f)",
         ("test_native.py::test_a_certain_token_keeps_the_digits_of_one_minus_p",),

@@ -619,11 +619,11 @@ def test_memory_does_not_grow_with_the_logits(rows, dtype, kind, kept):
 def test_chunk_size_keeps_to_the_budget():
     """48 MiB of float32 logits in chunks of equal size: 393 rows of 32,000 words fit, so 4096 rows are 11 chunks.
 
-    Half as many fit when the entropy's gradient needs the logits twice; 128 rows of any vocabulary must.
+    Half as many fit when the entropy's gradient needs the logits twice; 256 rows of any vocabulary must.
     """
     hidden = torch.empty(4096, 8, device="meta")
     rows = {v: chunked.choose_chunk_size(hidden, torch.empty(v, 8, device="meta")) for v in (100, 32_000, 151_936)}
-    assert rows == {100: 4096, 32_000: 373, 151_936: 128}
+    assert rows == {100: 4096, 32_000: 373, 151_936: 256}
     assert chunked.choose_chunk_size(hidden, torch.empty(32_000, 8, device="meta"), entropy=True) == 196
     assert chunked.choose_chunk_size(hidden[:5], torch.empty(32_000, 8, device="meta")) == 5
     assert chunked.choose_chunk_size(hidden[:400], torch.empty(32_000, 8, device="meta")) == 200
@@ -631,9 +631,13 @@ def test_chunk_size_keeps_to_the_budget():
 
 def test_chunk_size_fills_the_processors():
     """kernels.md: on 132 SMs width 4096 wants 1024 rows and width 3584 wants 1152 when memory stops below two waves."""
-    assert chunked.fill_processors(1500, 4096, 132) == 1024
-    assert chunked.fill_processors(1500, 3584, 132) == 1152
-    assert chunked.fill_processors(100, 4096, 132) == 128
+    assert chunked.fill_processors(8192, 1500, 4096, 132) == 1024
+    assert chunked.fill_processors(8192, 1500, 3584, 132) == 1152
+    assert chunked.fill_processors(8192, 100, 4096, 132) == 128
+    # what fits goes at once: 600 rows in chunks of 512 and 88 would read the head twice
+    assert chunked.fill_processors(600, 1500, 4096, 132) == 640
+    # and a remainder is a wave of its own: 1100 rows are 2 waves as 1024 + 76, and as 1152 at once
+    assert chunked.fill_processors(1100, 1500, 4096, 132) == 1152
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-// What a row of logits needs once: the constants of its softmax, and the exact entry of its label. Host and device, in
-// double, the same numerics as csrc/cpu/logprobs.cpp.
+// What a row of logits needs once, in double: the constants of its softmax, and the exact entry of its label. Host and
+// device; see math.h for the rules of such headers.
 #pragma once
 
-#include "../math.h"
-#include "../ops.h"
+#include "math.h"
+#include "ops.h"
 
-namespace rlhf_fast::cuda {
+namespace rlhf_fast {
 namespace {
 
 // The constants of a Head that every element needs. Without a softcap logit_scale is folded into `scale_log2`; with one
@@ -90,4 +90,4 @@ RF_HD float label_gradient(float logit, const RowUpstream& up, const Transform& 
 }
 
 }  // namespace
-}  // namespace rlhf_fast::cuda
+}  // namespace rlhf_fast
