@@ -233,6 +233,9 @@ def backward_kernel(
     lse = tl.load(lse_ptr + row)
     high = lse.to(tl.float32)
     low = (lse - high.to(tl.float64)).to(tl.float32)
+    # logits so large that log(sum) was lost in their rounding (a row masked with the lowest finite number) are so far
+    # apart that only equal ones count: their entropy is the log of how many there are
+    low = tl.where(tl.abs(high) > 1e9, tl.load(entropy_ptr + row), low)
     u = squash(x, inner, HAS_SOFTCAP)
     log_p = tl.fma(u, outer, -high) - low
     p = tl.exp(log_p)

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast.kernels import BACKENDS, available, backend_report, dispatch, gae, implementation, use_backend
+from rlhf_fast.kernels import (
+    BACKENDS,
+    available,
+    backend_report,
+    dispatch,
+    dpo_loss,
+    gae,
+    implementation,
+    policy_loss,
+    token_logprobs,
+    use_backend,
+)
 
 ARGUMENTS = (torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
 
@@ -156,3 +167,27 @@ def test_importing_the_door_is_light():
         "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_tensors_of_one_call_share_a_device():
+    """Kernels are given addresses: a mask that was left on the host would be read as device memory, and crash."""
+    mask, tokens = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="advantages is on meta, the other tensors are on cpu"):
+        policy_loss(tokens, tokens, torch.zeros(2, device="meta"), mask)
+    with pytest.raises(ValueError, match="values is on meta"):
+        gae(tokens, tokens.to("meta"), mask)
+    with pytest.raises(ValueError, match="labels is on meta"):
+        token_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long, device="meta"))
+    with pytest.raises(ValueError, match="rejected is on meta"):
+        dpo_loss(tokens[0], tokens[0].to("meta"), tokens[0], tokens[0])
+
+
+def test_a_second_derivative_is_refused_instead_of_wrong():
+    """A kernel hands autograd numbers, whose own derivative it would take for 0."""
+    mask, logprobs = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, requires_grad=True)
+    loss, _ = policy_loss(logprobs, torch.zeros(1, 3), torch.ones(1), mask)
+    if dispatch.choose("policy", "policy_loss", logprobs) == "reference":
+        pytest.skip("no kernel here: plain PyTorch has every derivative")
+    (gradient,) = torch.autograd.grad(loss, logprobs, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()

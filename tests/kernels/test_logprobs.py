@@ -126,6 +126,17 @@ def test_a_tile_that_is_masked_throughout(backend, device, no_worse, masked):
         no_worse(a, p, e)
 
 
+def test_a_row_masked_with_the_lowest_number_is_uniform(backend, device):
+    """Adding log(8) to -3.4e38 changes nothing, so the log-sum-exp cannot carry it to the backward pass."""
+    logits = torch.full((1, 8), torch.finfo(torch.float32).min, device=device)
+    weights = torch.tensor([[1.0], [0.0]], device=device)
+    logprobs, entropy, gradient = with_gradient(fused, logits, weights, torch.tensor([3], device=device))
+    assert logprobs.item() == pytest.approx(-math.log(8)) and entropy.item() == pytest.approx(math.log(8))
+    expected = torch.full((1, 8), -0.125)
+    expected[0, 3] = 0.875
+    torch.testing.assert_close(gradient.cpu(), expected)
+
+
 def test_nan_stays_in_its_row_and_ignored_rows_are_never_read(backend, device):
     logits, labels, weights = problem((5,), 30, torch.float32, device)
     labels[:] = torch.tensor([1, IGNORED, 2, 3, 4])
