@@ -30,8 +30,9 @@ def _normalise(z: Tensor) -> tuple[Tensor, Tensor]:
     peak = z.amax(-1)
     # all -inf: any finite offset keeps the sum at 0 instead of NaN
     offset = torch.where(peak == float("-inf"), 0.0, peak)
-    log_sum = (z - offset[:, None]).exp().sum(-1).log()
-    return (z - offset[:, None]) - log_sum[:, None], offset.double() + log_sum.double()
+    # in float64: beside the 1 of a token that is almost certain, a float32 sum loses the others
+    log_sum = (z - offset[:, None]).exp().sum(-1, dtype=torch.float64).log()
+    return (z - offset[:, None]) - log_sum.to(z.dtype)[:, None], offset.double() + log_sum
 
 
 def log_softmax(z: Tensor, lse: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ PYTHON = (
     Mutant(
         "log-sum-exp in float32",
         "kernels/logprobs/reference.py",
-        "- log_sum[:, None], offset.double() + log_sum.double()",
-        "- log_sum[:, None], (offset + log_sum).double()",
+        "[:, None], offset.double() + log_sum",
+        "[:, None], (offset + log_sum.float()).double()",
         on("reference", TOKENS),
     ),
     Mutant(
