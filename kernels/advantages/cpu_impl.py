@@ -6,14 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.codes import ESTIMATOR_CODES, address
+
 try:
     from rlhf_fast import _C
 except ImportError as error:
     _C, _WHY_NOT = None, f"the native module is not built ({error}); `pip install -e .` builds it"
-
-
-# in the order of the enum of csrc/ops.h
-KL_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "k3+": 3, "abs": 4}
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
@@ -102,13 +100,13 @@ def kl_shaped_gae(
         ref_logprobs.data_ptr(),
         values.data_ptr(),
         mask.data_ptr(),
-        0 if bootstrap is None else bootstrap.data_ptr(),
+        address(bootstrap),
         logprobs.numel(),
         len(scores),
         logprobs.shape[1] if cu_seqlens is None else 0,
-        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        address(cu_seqlens),
         kl_coef,
-        KL_ESTIMATORS[estimator],
+        ESTIMATOR_CODES[estimator],
         float("inf") if clip is None else clip,
         gamma,
         lam,
@@ -129,7 +127,7 @@ def _run(kernel, rewards, values, mask, bootstrap, extent, gamma, lam) -> tuple[
         rewards.data_ptr(),
         values.data_ptr(),
         mask.data_ptr(),
-        0 if bootstrap is None else bootstrap.data_ptr(),
+        address(bootstrap),
         *extent,
         gamma,
         lam,

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import cuda_impl as cuda
-
-from .cpu_impl import KL_ESTIMATORS
+from rlhf_fast.kernels.codes import ESTIMATOR_CODES, address
 
 _C = cuda._C
 
@@ -53,7 +52,7 @@ def gae_packed(
             rewards.data_ptr(),
             values.data_ptr(),
             mask.data_ptr(),
-            cuda.address(bootstrap),
+            address(bootstrap),
             *cuda.extent(rewards, cu_seqlens),
             gamma,
             lam,
@@ -102,10 +101,10 @@ def kl_shaped_gae(
             ref_logprobs.data_ptr(),
             values.data_ptr(),
             mask.data_ptr(),
-            cuda.address(bootstrap),
+            address(bootstrap),
             *cuda.extent(logprobs, cu_seqlens),
             kl_coef,
-            KL_ESTIMATORS[estimator],
+            ESTIMATOR_CODES[estimator],
             float("inf") if clip is None else clip,
             gamma,
             lam,

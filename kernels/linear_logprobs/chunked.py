@@ -332,9 +332,9 @@ def _gradient_rows(
     logits, labels, lse, entropy, grad_logprobs, grad_entropy, temperature, softcap, ignore_index, logit_scale, out
 ) -> None:
     """Write d loss / d raw logits into ``out``, which may be ``logits``."""
-    options = (temperature, softcap, ignore_index, logit_scale)
-    chosen = implementation("linear_logprobs", "head_rows", logits, labels, out)
-    chosen.rows_backward(logits, labels, lse, entropy, grad_logprobs, grad_entropy, *options, out)
+    options = (temperature, softcap, ignore_index, out, logit_scale)
+    chosen = implementation("logprobs", "token_logprobs_backward", logits, labels, out)
+    chosen.token_logprobs_backward(logits, labels, lse, entropy, grad_logprobs, grad_entropy, *options)
 
 
 def _scaled(hidden: Tensor, grad: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

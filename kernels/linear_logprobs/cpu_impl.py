@@ -6,14 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels.logprobs.cpu_impl import DTYPE_CODES, token_logprobs_backward, unsupported
+from rlhf_fast.kernels.codes import DTYPE_CODES
+from rlhf_fast.kernels.logprobs.cpu_impl import unsupported
 
 try:
     from rlhf_fast import _C
 except ImportError:
     _C = None  # `unsupported` says why
 
-__all__ = ["head_rows", "rows_backward", "unsupported"]
+__all__ = ["head_rows", "unsupported"]
 
 
 def head_rows(
@@ -56,32 +57,3 @@ def head_rows(
         torch.get_num_threads(),
     )
     return logprobs, entropy, lse
-
-
-def rows_backward(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    out: Tensor,
-) -> None:
-    """Write d (grad_logprobs . logprobs + grad_entropy . entropy) / d raw logits into ``out``, (n, V)."""
-    token_logprobs_backward(
-        logits,
-        labels,
-        lse,
-        entropy,
-        grad_logprobs,
-        grad_entropy,
-        temperature,
-        softcap,
-        ignore_index,
-        out,
-        logit_scale=logit_scale,
-    )

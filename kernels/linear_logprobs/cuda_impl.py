@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import cuda_impl as cuda
+from rlhf_fast.kernels.codes import DTYPE_CODES
 from rlhf_fast.kernels.logprobs.cuda_impl import (
-    DTYPE_CODES,
     empty_results,
-    token_logprobs_backward,
     token_logprobs_forward,
 )
 
 _C = cuda._C
 
-__all__ = ["head_rows", "rows_backward", "unsupported"]
+__all__ = ["head_rows", "unsupported"]
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
@@ -65,32 +64,3 @@ def head_rows(
             stream,
         )
     return results
-
-
-def rows_backward(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    out: Tensor,
-) -> None:
-    """Write d (grad_logprobs . logprobs + grad_entropy . entropy) / d raw logits into ``out``, (n, V)."""
-    token_logprobs_backward(
-        logits,
-        labels,
-        lse,
-        entropy,
-        grad_logprobs,
-        grad_entropy,
-        temperature,
-        softcap,
-        ignore_index,
-        out,
-        logit_scale=logit_scale,
-    )

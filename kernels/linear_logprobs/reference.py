@@ -30,25 +30,6 @@ def head_rows(
     results = logprobs.token_logprobs_forward(scaled, labels, temperature, softcap, ignore_index)
     if out is not None:
         _, entropy, lse = results
-        ones, options = torch.ones_like(entropy), (temperature, softcap, ignore_index, logit_scale)
-        rows_backward(logits, labels, lse, entropy, ones, None, *options, out)
+        ones, options = torch.ones_like(entropy), (temperature, softcap, ignore_index)
+        logprobs.token_logprobs_backward(logits, labels, lse, entropy, ones, None, *options, out, logit_scale)
     return results
-
-
-def rows_backward(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    out: Tensor,
-) -> None:
-    """Write d (grad_logprobs . logprobs + grad_entropy . entropy) / d raw logits, (n, V), into ``out``."""
-    scaled = logits if logit_scale == 1.0 else logits * logit_scale
-    grads = (g if g is None or logit_scale == 1.0 else g * logit_scale for g in (grad_logprobs, grad_entropy))
-    logprobs.token_logprobs_backward(scaled, labels, lse, entropy, *grads, temperature, softcap, ignore_index, out)

@@ -31,12 +31,11 @@ from rlhf_fast.kernels.logprobs.triton_impl import (
     store_statistics,
     tile_statistics,
     tiling,
-    token_logprobs_backward,
     token_logprobs_forward,
     unsupported,
 )
 
-__all__ = ["head_rows", "rows_backward", "unsupported"]
+__all__ = ["head_rows", "unsupported"]
 
 # as the forward kernel cuts float32: log-probabilities with and without a gradient differ at most by the order in which
 # a thread adds, as it holds 8 entries in a row where it writes 16-bit gradients and 4 where it only reads
@@ -206,31 +205,3 @@ def head_rows(
         **flags,
     )
     return results
-
-
-def rows_backward(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    out: Tensor,
-) -> None:
-    token_logprobs_backward(
-        logits,
-        labels,
-        lse,
-        entropy,
-        grad_logprobs,
-        grad_entropy,
-        temperature,
-        softcap,
-        ignore_index,
-        out,
-        logit_scale=logit_scale,
-    )

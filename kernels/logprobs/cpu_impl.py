@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.codes import DTYPE_CODES, address, matrix_arguments
+
 try:
     from rlhf_fast import _C
 except ImportError as error:
     _C, _WHY_NOT = None, f"the native module is not built ({error}); `pip install -e .` builds it"
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
@@ -93,15 +93,10 @@ def token_logprobs_backward(
         lse.data_ptr(),
         entropy.data_ptr(),
         grad_logprobs.data_ptr(),
-        0 if grad_entropy is None else grad_entropy.data_ptr(),
+        address(grad_entropy),
         logit_scale,
         out.data_ptr(),
         DTYPE_CODES[out.dtype],
         out.stride(0),
         torch.get_num_threads(),
     )
-
-
-def matrix_arguments(x: Tensor) -> tuple[int, int, int, int, int]:
-    """The address, dtype code, rows, columns and row stride that the native module takes for a matrix."""
-    return x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], x.stride(0)

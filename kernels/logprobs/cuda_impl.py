@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import cuda_impl as cuda
+from rlhf_fast.kernels.codes import DTYPE_CODES, address, matrix_arguments
 
 _C = cuda._C
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
@@ -88,7 +87,7 @@ def token_logprobs_backward(
             lse.data_ptr(),
             entropy.data_ptr(),
             grad_logprobs.data_ptr(),
-            cuda.address(grad_entropy),
+            address(grad_entropy),
             out.data_ptr(),
             DTYPE_CODES[out.dtype],
             out.stride(0),
@@ -100,8 +99,3 @@ def empty_results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs and entropy in float32, log-sum-exp in float64, (N,) each."""
     dtypes = (torch.float32, torch.float32, torch.float64)
     return tuple(torch.empty(len(logits), dtype=dtype, device=logits.device) for dtype in dtypes)
-
-
-def matrix_arguments(x: Tensor) -> tuple[int, int, int, int, int]:
-    """The address, dtype code, rows, columns and row stride that the native module takes for a matrix."""
-    return x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], x.stride(0)

@@ -70,8 +70,12 @@ def token_logprobs_backward(
     softcap: float | None,
     ignore_index: int,
     out: Tensor,
+    logit_scale: float = 1.0,
 ) -> None:
-    """Write d loss / d logits into ``out``, which may be ``logits`` itself."""
+    """Write d loss / d logits into ``out``, which may be ``logits`` itself; they are multiplied by logit_scale first."""
+    if logit_scale != 1.0:
+        logits, grad_logprobs = logits * logit_scale, grad_logprobs * logit_scale
+        grad_entropy = None if grad_entropy is None else grad_entropy * logit_scale
     keep, inside = labels != ignore_index, (labels >= 0) & (labels < logits.shape[1])
     grad = torch.where(inside, grad_logprobs, float("nan"))[:, None]
     z = transform(logits, temperature, softcap)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels.codes import AGGREGATE_CODES, ESTIMATOR_CODES, KIND_CODES, LEVEL_CODES, address
+
 from .terms import FIGURES, VALUE_FIGURES, PolicyOptions, PolicyTokens, ValueTokens
 
 try:
@@ -13,11 +15,6 @@ try:
 except ImportError as error:
     _C, _WHY_NOT = None, f"the native module is not built ({error}); `pip install -e .` builds it"
 
-# in the order of the enums of csrc/ops.h
-KINDS = {"clip": 0, "cispo": 1, "reinforce": 2}
-LEVELS = {"token": 0, "sequence": 1, "sequence_token": 2}
-AGGREGATES = {"token": 0, "sequence": 1, "constant": 2}
-KL_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "k3+": 3, "abs": 4}
 INFINITY = float("inf")
 
 
@@ -53,32 +50,28 @@ def policy_loss(
     """
     x = tokens.logprobs
     per_sequence = tokens.advantages.shape != x.shape
-    lower, upper = _bounds(options)
     loss, figures = torch.empty(()), torch.empty(len(FIGURES))
     gradient = torch.empty_like(x) if need_gradient else torch.empty(0)
     entropy_gradient = torch.empty_like(x) if need_entropy_gradient else torch.empty(0)
     _C.cpu.policy_loss(
         x.data_ptr(),
-        _address(tokens.old_logprobs),
+        address(tokens.old_logprobs),
         tokens.advantages.data_ptr(),
         tokens.advantages.numel(),
         tokens.mask.data_ptr(),
-        _address(tokens.ref_logprobs),
-        _address(tokens.rollout_logprobs),
-        _address(tokens.entropy),
+        address(tokens.ref_logprobs),
+        address(tokens.rollout_logprobs),
+        address(tokens.entropy),
         *_extent(x, tokens.cu_seqlens),
-        KINDS[options.kind],
-        lower,
-        upper,
-        INFINITY if options.dual_clip is None else options.dual_clip,
-        INFINITY if options.is_clip is None else options.is_clip,
+        KIND_CODES[options.kind],
+        *options.bounds(),
         options.kl_coef,
-        KL_ESTIMATORS[options.kl_estimator],
+        ESTIMATOR_CODES[options.kl_estimator],
         options.entropy_coef,
         per_sequence,
-        LEVELS[options.level],
-        AGGREGATES[options.aggregate],
-        _address(denominator),
+        LEVEL_CODES[options.level],
+        AGGREGATE_CODES[options.aggregate],
+        address(denominator),
         divisor,
         loss.data_ptr(),
         figures.data_ptr(),
@@ -103,13 +96,13 @@ def value_loss(
     gradient = torch.empty_like(x) if need_gradient else torch.empty(0)
     _C.cpu.value_loss(
         x.data_ptr(),
-        _address(tokens.old_values),
+        address(tokens.old_values),
         tokens.returns.data_ptr(),
         tokens.mask.data_ptr(),
         *_extent(x, tokens.cu_seqlens),
         INFINITY if clip is None else clip,
-        AGGREGATES[aggregate],
-        _address(denominator),
+        AGGREGATE_CODES[aggregate],
+        address(denominator),
         divisor,
         loss.data_ptr(),
         figures.data_ptr(),
@@ -132,17 +125,6 @@ def scaled_gradient(gradient: Tensor, grad: Tensor, figures: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return result
-
-
-def _bounds(options: PolicyOptions) -> tuple[float, float]:
-    """The bounds of the ratio; those of cispo are absolute, and it has none below."""
-    if options.kind == "cispo":
-        return 0.0, options.clip_high
-    return 1.0 - options.clip_low, 1.0 + options.clip_high
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _extent(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import cuda_impl as cuda
+from rlhf_fast.kernels.codes import AGGREGATE_CODES, ESTIMATOR_CODES, KIND_CODES, LEVEL_CODES, address
 
-from .cpu_impl import AGGREGATES, KINDS, KL_ESTIMATORS, LEVELS
 from .terms import FIGURES, VALUE_FIGURES, PolicyOptions, PolicyTokens, ValueTokens
 
 _C = cuda._C
@@ -43,30 +43,25 @@ def policy_loss(
     gradients = [torch.empty_like(x) if need else x.new_empty(0) for need in (need_gradient, need_entropy_gradient)]
     sequences = cuda.extent(x, tokens.cu_seqlens)
     memory = cuda.workspace(_C.cuda.loss_workspace(sequences[0]), x.device)
-    # those of cispo are absolute, and it has none below
-    absolute = options.kind == "cispo"
     with cuda.launch_on(x.device) as stream:
         _C.cuda.policy_loss(
             x.data_ptr(),
-            cuda.address(tokens.old_logprobs),
+            address(tokens.old_logprobs),
             tokens.advantages.data_ptr(),
             tokens.mask.data_ptr(),
-            cuda.address(tokens.ref_logprobs),
-            cuda.address(tokens.rollout_logprobs),
-            cuda.address(tokens.entropy),
+            address(tokens.ref_logprobs),
+            address(tokens.rollout_logprobs),
+            address(tokens.entropy),
             tokens.advantages.shape != x.shape,
             *sequences,
-            KINDS[options.kind],
-            0.0 if absolute else 1.0 - options.clip_low,
-            options.clip_high if absolute else 1.0 + options.clip_high,
-            INFINITY if options.dual_clip is None else options.dual_clip,
-            INFINITY if options.is_clip is None else options.is_clip,
+            KIND_CODES[options.kind],
+            *options.bounds(),
             options.kl_coef,
-            KL_ESTIMATORS[options.kl_estimator],
+            ESTIMATOR_CODES[options.kl_estimator],
             options.entropy_coef,
-            LEVELS[options.level],
-            AGGREGATES[options.aggregate],
-            cuda.address(denominator),
+            LEVEL_CODES[options.level],
+            AGGREGATE_CODES[options.aggregate],
+            address(denominator),
             divisor,
             loss.data_ptr(),
             figures.data_ptr(),
@@ -94,13 +89,13 @@ def value_loss(
     with cuda.launch_on(x.device) as stream:
         _C.cuda.value_loss(
             x.data_ptr(),
-            cuda.address(tokens.old_values),
+            address(tokens.old_values),
             tokens.returns.data_ptr(),
             tokens.mask.data_ptr(),
             *sequences,
             INFINITY if clip is None else clip,
-            AGGREGATES[aggregate],
-            cuda.address(denominator),
+            AGGREGATE_CODES[aggregate],
+            address(denominator),
             divisor,
             loss.data_ptr(),
             figures.data_ptr(),

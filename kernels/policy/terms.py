@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -50,6 +51,19 @@ class PolicyOptions(NamedTuple):
     is_clip: float | None
     entropy_coef: float
     aggregate: str
+
+    def bounds(self) -> tuple[float, float, float, float]:
+        """Least and largest ratio, dual clip, and largest ratio to the rollout policy; infinity where there is none.
+
+        Those of cispo are absolute, and it has none below.
+        """
+        absolute = self.kind == "cispo"
+        return (
+            0.0 if absolute else 1.0 - self.clip_low,
+            self.clip_high if absolute else 1.0 + self.clip_high,
+            math.inf if self.dual_clip is None else float(self.dual_clip),
+            math.inf if self.is_clip is None else float(self.is_clip),
+        )
 
 
 class ValueTokens(NamedTuple):

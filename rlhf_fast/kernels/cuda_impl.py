@@ -39,10 +39,6 @@ def launch_on(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def extent(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
     """Number of sequences, their length if padded, the address of their boundaries if packed, and number of tokens."""
     if cu_seqlens is None:

@@ -122,9 +122,9 @@ PYTHON = (
     ),
     Mutant(
         "logit scale missing in the gradient",
-        "kernels/linear_logprobs/reference.py",
-        "grads = (g if g is None or logit_scale == 1.0 else g * logit_scale for",
-        "grads = (g for",
+        "kernels/logprobs/reference.py",
+        "logits, grad_logprobs = logits * logit_scale, grad_logprobs * logit_scale",
+        "logits = logits * logit_scale",
         on("reference", HEAD),
     ),
     Mutant(
