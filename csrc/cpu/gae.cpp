@@ -182,10 +182,6 @@ int64_t last_unmasked(const uint8_t* mask, int64_t begin, int64_t end) {
   return at < begin ? -1 : at;
 }
 
-float bounded_score(float score, float clip) {
-  return score < -clip ? -clip : score > clip ? clip : score;
-}
-
 // In double: a mean far from 0 would otherwise leave no digits to the variance.
 struct Moments {
   double sum;

@@ -230,10 +230,6 @@ struct ShapedGae {
   }
 };
 
-__device__ __forceinline__ float clipped_score(float score, float clip) {
-  return score < -clip ? -clip : score > clip ? clip : score;
-}
-
 // The last unmasked token of a sequence, -1 without any. Walks from the end, so it rarely reads more than padding.
 template <int THREADS>
 __device__ __forceinline__ int64_t last_unmasked(const uint8_t* mask, Span span, bool aligned) {
@@ -288,7 +284,7 @@ __global__ void __launch_bounds__(THREADS)
                        is_aligned(in.values, 16) && is_aligned(in.mask, 4) && is_aligned(out.advantages, 16) &&
                        is_aligned(out.returns, 16) && is_aligned(out.rewards, 16) && is_aligned(out.kl, 16);
   const int64_t last = last_unmasked<THREADS>(in.mask, span, aligned);
-  const float score = last < 0 ? 0.0f : clipped_score(in.scores[sequence], in.clip);
+  const float score = last < 0 ? 0.0f : bounded_score(in.scores[sequence], in.clip);
   ShapedGae user{in, out, span.end, last, score, aligned, {0.0, 0.0, 0.0}};
   scan_sequence<THREADS>(span, in.bootstrap ? in.bootstrap[sequence] : 0.0f, in.gamma, in.lam, user);
   if (!in.whiten) {

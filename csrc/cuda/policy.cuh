@@ -233,9 +233,9 @@ __device__ __forceinline__ float policy_token(const PolicyFour& four, int i, flo
   }
   mine.loss += share * loss;
   mine.sums[SUM_TOKENS] += 1.0f;
-  mine.sums[SUM_LOW] += term.low ? 1.0f : 0.0f;
-  mine.sums[SUM_HIGH] += term.high ? 1.0f : 0.0f;
-  mine.sums[SUM_REGION] += term.low || term.high ? 1.0f : 0.0f;
+  mine.sums[SUM_LOW] += term.low;
+  mine.sums[SUM_HIGH] += term.high;
+  mine.sums[SUM_REGION] += term.low + term.high;  // never both: they want advantages of opposite sign
   mine.sums[SUM_APPROX_KL] += k3_of(logprob - four.old.x[i], exponential_minus_one(logprob - four.old.x[i]));
   mine.sums[SUM_RATIO] += ratio;
   mine.sums[TOP_RATIO] = Max()(mine.sums[TOP_RATIO], ratio);
@@ -405,7 +405,7 @@ __device__ __forceinline__ void value_walk(const ValueInputs& in, const Walk& wa
         gradient.x[i] = share * error.slope;
         mine.loss += share * error.loss;
         mine.sums[VALUE_TOKENS] += 1.0f;
-        mine.sums[VALUE_CLIPPED] += error.clipped ? 1.0f : 0.0f;
+        mine.sums[VALUE_CLIPPED] += error.clipped;
         mine.sums[VALUE_VALUES] += value.x[i];
         mine.sums[VALUE_RETURNS] += target.x[i];
       }
