@@ -83,8 +83,8 @@ def nf4_config(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"load_in_4bit: bitsandbytes {library.__version__} has no NF4 on {device} ({reason[0]}); "
-            "leave load_in_4bit out, or use another device or version"
+            f"load_in_4bit: bitsandbytes {library.__version__} has no NF4 of {dtype} on {device} ({reason[0]}); "
+            "leave load_in_4bit out, or use another device, dtype or version"
         ) from error
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -175,8 +175,10 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Forget adapter ``name``; there must be another."""
         del self._trainable[name]
+        active = None if self.active == name else self.active
+        self._switch(next(iter(self._trainable)))  # PEFT warns when it has to
         self._peft.delete_adapter(name)
-        self._restore(None if self.active == name else self.active)
+        self._restore(active)
 
     def _check(self, config: LoraConfig) -> None:
         """Refuse adapters that a pass here would ignore without a word, or that would change the base others share."""

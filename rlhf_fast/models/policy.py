@@ -278,7 +278,9 @@ class Policy(nn.Module):
                 if self.adapters.names:
                     self.adapters.load(READ_BACK, folder, trainable=False)
                     saved, mine = self.adapters.parameters(READ_BACK), self.adapters.parameters(self.role)
-                    same = all(torch.equal(saved[k], v) for k, v in mine.items()) and self._same_outputs(head)
+                    same = all(torch.equal(saved[k], v) for k, v in mine.items())
+                    # a wrong head alone would make the outputs differ
+                    same = same and (bool(wrong) or self._same_outputs(head))
                     wrong += [] if same else ["adapter_model.safetensors"]
             finally:
                 if READ_BACK in self.heads:
