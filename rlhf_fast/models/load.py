@@ -196,8 +196,18 @@ def _base(name: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) ->
     held = f"NF4, computing in {plain}, embeddings, norms and head in {plain}" if in_4bit else plain
     seconds = time.perf_counter() - began
     report = f"loaded {name}: {held}, {weight_bytes(model) / 1e9:.2f} GB on {device} in {seconds:.1f} s"
+    if in_4bit and (left := _unquantized_bytes(model)):
+        report += f"; {left / 1e9:.2f} GB are in no linear layer (fused experts) and stay in {plain}"
     logger.info(report)
     return model, report
+
+
+def _unquantized_bytes(model: PreTrainedModel) -> int:
+    """Bytes of matrices of the body that bitsandbytes could not pack, because they are in no linear layer."""
+    head = model.get_output_embeddings()
+    kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is head}
+    matrices = (p for p in model.parameters() if p.ndim >= 2 and p.is_floating_point())
+    return sum(p.nbytes for p in matrices if id(p) not in kept)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -135,7 +135,18 @@ def test_loading_says_what_it_did(folder, caplog):
         f"loaded {base}: NF4, computing in bfloat16, embeddings, norms and head in bfloat16, "
     )
     assert policy.loaded in caplog.messages
+    assert "fused experts" not in policy.loaded
     assert load(base).loaded.startswith(f"loaded {base}: float32, 0.00 GB on cpu in ")
+
+
+def test_experts_that_cannot_be_packed_are_owned_up_to(tmp_path, tokenizer):
+    """Fused experts are plain parameters to bitsandbytes: most of such a model stays as it was."""
+    experts = {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
+    model = AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**SIZES, **experts))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    report = load(tmp_path, load_in_4bit=True).loaded
+    assert report.endswith("are in no linear layer (fused experts) and stay in float32")
 
 
 def test_the_bytes_of_a_4bit_model_are_counted_with_their_scales(folder):
@@ -365,6 +376,7 @@ def test_a_fingerprint_tells_what_differs(change, words, folder):
 @pytest.mark.parametrize("role", ["policy", "reward"])
 def test_saving_reads_back_and_leaves_everything_as_it_was(role, in_4bit, folder, tmp_path, examples):
     policy = load(folder(), peft_config=lora_config(r=4), role=role, load_in_4bit=in_4bit).train()
+    policy.model.model.layers[0].eval()  # a mode that no module above has
     if role == "reward":
         policy.add_head("reward")
     policy.add_role("value", trainable=True, head=True)
@@ -372,11 +384,12 @@ def test_saving_reads_back_and_leaves_everything_as_it_was(role, in_4bit, folder
     names = {n: p.requires_grad for n, p in policy.named_parameters()}
     batch = TokenBatch.pack(examples)
     waiting = policy.values(batch)  # a graph that waits stays valid
-    state = torch.get_rng_state()
+    state, modes = torch.get_rng_state(), [m.training for m in policy.modules()]
     policy.save(tmp_path / "run")
+    assert [m.training for m in policy.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert {n: p.requires_grad for n, p in policy.named_parameters()} == names
-    assert policy.training and policy.adapters.active == "value" and policy.adapters.names == [role, "value"]
+    assert policy.adapters.active == "value" and policy.adapters.names == [role, "value"]
     waiting.sum().backward()
     assert all(p.grad is not None for p in policy.adapters.parameters("value").values())
 
