@@ -262,3 +262,38 @@ def test_an_export_without_merge_is_the_adapter_alone(workplace, sft_run, capsys
     weights = [(f / "adapter_model.safetensors").read_bytes() for f in (workplace / "adapter", sft_run)]
     assert weights[0] == weights[1]
     assert not (workplace / "adapter" / "checkpoints").exists()
+
+
+def test_a_run_on_a_4bit_base_generates_in_4_bit_and_exports_without(workplace, capsys):
+    """The flag trains, the run folder remembers it, and the merged model is the running one to fp32's precision."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    folder = workplace / "nf4"
+    argv = (
+        "sft",
+        "--config",
+        workplace / "sft.yaml",
+        "--output_dir",
+        folder,
+        "--load_in_4bit",
+        "--optim",
+        "adamw_8bit",
+    )
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert "NF4, computing in float32" in out
+    code, greedy, _ = run(capsys, "generate", folder, "--prompt", "1+2=", "--temperature", 0, "--max_new_tokens", 4)
+    assert code == 0
+    code, out, _ = run(capsys, "export", folder, "--merge")
+    assert code == 0
+    assert "the base is in 4 bit: dequantized to float32 and merged there, never quantized again" in out
+    merged = AutoModelForCausalLM.from_pretrained(workplace / "nf4-merged")
+    assert not hasattr(merged.config, "quantization_config")
+    prompt = ("--prompt", "1+2=", "--temperature", 0, "--max_new_tokens", 4)
+    assert run(capsys, "generate", workplace / "nf4-merged", *prompt)[1] == greedy
+    code, out, err = run(capsys, "generate", workplace / "model", "--load_in_4bit", *prompt)
+    assert code == 0, err
+    code, _, err = run(capsys, "sft", "--config", workplace / "sft.yaml", "--load_in_4bit", "--use_peft", "false")
+    assert code == 2
+    assert "a 4-bit base is frozen and takes an adapter: add use_peft" in err

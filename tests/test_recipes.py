@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_fast
+from rlhf_fast.models.adapters import is_4bit
 from rlhf_fast.models.scratch import new_model
 from rlhf_fast.run.config import parse_config, read_yaml
 from rlhf_fast.trainers.config import RLConfig
@@ -31,7 +32,9 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_every_algorithm_has_one_for_a_7b_model_and_one_for_a_cpu():
-    assert {path.stem for path in RECIPES} == {f"{a}-{size}" for a in TRAINERS for size in ("7b-lora", "tiny")}
+    assert {path.stem for path in RECIPES} == {
+        f"{a}-{size}" for a in TRAINERS for size in ("7b-lora", "7b-qlora", "tiny")
+    }
 
 
 @recipes
@@ -62,6 +65,8 @@ def test_its_command_line_names_it(recipe):
 @recipes
 def test_its_trainer_takes_it(recipe, model, tmp_path):
     """Batch sizes that fit together, roles, adapters: everything but the model's size, checked at construction."""
+    if recipe.stem.endswith("qlora"):
+        pytest.importorskip("bitsandbytes")
     config_class, trainer_class = classes(recipe)
     config = parse_config(config_class, ["--config", str(recipe)])
     rows = [{"prompt": f"{i}+5=", "answer": str(i + 5), "chosen": str(i + 5), "rejected": "a"} for i in range(4)]
@@ -72,3 +77,4 @@ def test_its_trainer_takes_it(recipe, model, tmp_path):
     trainer = trainer_class(str(model), args=config, train_dataset=rows, **options)
     assert trainer.total_steps >= 1
     assert bool(trainer.policy.adapters.names) == config.use_peft
+    assert is_4bit(trainer.policy.model) == config.load_in_4bit == recipe.stem.endswith("qlora")

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from rlhf_fast.models import load
+    from rlhf_fast.models.adapters import is_4bit
 
     name = _stored_dtype(run) if args.dtype == "auto" else args.dtype
     policy = load(run, dtype=getattr(torch, name), device="cpu")
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"wrote the adapter of {run} to {output}; with --merge it is folded into its base")
         return 0
     policy.export(output)
+    if is_4bit(policy.model):
+        print(f"the base is in 4 bit: dequantized to {name} and merged there, never quantized again")
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     print(f"wrote {output}: {'adapter merged, ' if adapter else ''}{name}, {size / 1e6:,.1f} MB")
     print(f"next: rlhf-fast generate {output}, or transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")

@@ -68,6 +68,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
     )
+    parser.add_argument(
+        "--load_in_4bit", action="store_true", default=None, help="hold the base in NF4; a run trained so always is"
+    )
     parser.add_argument("--device", help="such as cuda:1 or cpu; the first GPU if there is one when not given")
 
 
@@ -95,7 +98,10 @@ def load_policy(args: argparse.Namespace) -> Policy:
 
     try:
         policy = load(
-            args.model, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), device=args.device
+            args.model,
+            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+            device=args.device,
+            load_in_4bit=args.load_in_4bit,
         )
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that does not exist
         if args.device is None:

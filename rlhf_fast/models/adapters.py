@@ -1,31 +1,43 @@
-"""LoRA adapters: several on one frozen base, one active at a time. The only file that knows PEFT.
+"""LoRA adapters: several on one frozen base, plain or in 4 bit, one active at a time. The only file that knows PEFT and
+bitsandbytes.
 
 PEFT gives the layers, the configuration and the file format. Switching is ours: PEFT's ``set_adapter`` walks all
 modules and toggles ``requires_grad`` (a graph built before the switch then loses its gradient without a word), so here a
 switch sets one attribute per layer, trainability never changes with it, and it is refused while a graph of another
 adapter still waits for its backward pass: a checkpointed backward would recompute under the wrong adapter.
+
+A 4-bit base holds its linear layers in NF4 (Dettmers et al. 2023, arXiv:2305.14314) and everything else, embeddings, norms
+and head, in the dtype that it computes in. PEFT's ``prepare_model_for_kbit_training`` would turn those into fp32, 2.2 GB more
+on a 7B model, and is not called. Adapters are fp32 on every base: in bf16 a small learning rate moves few of their elements.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
+
+# it wants a kernel from the hub for a layout that `_keep_layout` turns off
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: Any = "all-linear") -> LoraConfig:
@@ -43,10 +55,79 @@ def adapter_base(folder: Path) -> str:
     return base
 
 
+def bitsandbytes(wanted_by: str) -> ModuleType:
+    """The library of 4-bit weights and 8-bit optimizers.
+
+    Raises:
+        UserError: it is not installed, or does not load; names the setting ``wanted_by``.
+    """
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"{wanted_by} needs bitsandbytes: pip install 'rlhf-fast[qlora]' ({error})") from error
+    return bitsandbytes
+
+
+def nf4_config(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+    """How transformers is to load a base in NF4 with double quantisation, computing in ``dtype``.
+
+    Raises:
+        UserError: bitsandbytes is missing, or cannot do it on ``device``.
+    """
+    library = bitsandbytes("load_in_4bit")
+    try:  # a block of weights there and back says more than a list of devices and versions
+        packed, state = library.functional.quantize_4bit(
+            torch.zeros(64, 64, dtype=dtype, device=device), compress_statistics=True, quant_type="nf4"
+        )
+        library.functional.dequantize_4bit(packed, state)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"load_in_4bit: bitsandbytes {library.__version__} has no NF4 of {dtype} on {device} ({reason[0]}); "
+            "leave load_in_4bit out, or use another device, dtype or version"
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def is_4bit(model: nn.Module) -> bool:
+    """Whether the model's linear layers are held in 4 bit."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def base_weight(layer: nn.Module) -> Tensor | Callable[[], Tensor]:
+    """The frozen weight of a linear layer, with or without adapters on it.
+
+    Returns:
+        the parameter itself; of a 4-bit layer a function that dequantizes it, a new (out, in) tensor at every call in
+        the dtype that it was quantized from (bfloat16 on a GPU). transformers' Conv1D (GPT-2) keeps its (in, out) when it
+        is not quantized.
+    """
+    layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    weight = layer.weight
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    dequantize = bitsandbytes("a 4-bit layer").functional.dequantize_4bit
+    # a view without the subclass, whose own attributes and moves the caller has no use for
+    return lambda: dequantize(weight.data, weight.quant_state)
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights at the first pass in eval mode on CPUs with AVX512-BF16.
+
+    The repacked layer computes in bf16 whatever it is asked, differs from the pass in train mode, and has no gradient.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 class Adapters:
     """The named adapters of one model. ``names`` is empty until the first is added."""
 
     def __init__(self, model: PreTrainedModel):
+        _keep_layout(model)
         self.model = model
         self.active: str | None = None  # None: the base alone
         self._peft: PeftModel | None = None
@@ -59,7 +140,12 @@ class Adapters:
         return list(self._peft.peft_config) if self._peft is not None else []
 
     def add(self, name: str, config: LoraConfig, *, trainable: bool = True, copy_of: str | None = None) -> None:
-        """A new adapter, fresh (it changes nothing until trained) or with the weights of ``copy_of``."""
+        """A new adapter, fresh (it changes nothing until trained) or with the weights of ``copy_of``.
+
+        Raises:
+            UserError: it would train more than linear layers of the body, see :meth:`_check`.
+        """
+        self._check(config)
         with _quiet():
             if self._peft is None:
                 self._peft = get_peft_model(self.model, config, adapter_name=name)
@@ -73,7 +159,12 @@ class Adapters:
         self._added(name, trainable)
 
     def load(self, name: str, folder: Path, *, trainable: bool = True) -> None:
-        """The adapter saved in ``folder`` (PEFT's format), under ``name``."""
+        """The adapter saved in ``folder`` (PEFT's format), under ``name``; in fp32.
+
+        Raises:
+            UserError: it holds more than LoRA on linear layers of the body, see :meth:`_check`.
+        """
+        self._check(PeftConfig.from_pretrained(str(folder)))
         with _quiet():
             if self._peft is None:
                 self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
@@ -81,14 +172,47 @@ class Adapters:
                 self._peft.load_adapter(str(folder), name)
         self._added(name, trainable)
 
+    def remove(self, name: str) -> None:
+        """Forget adapter ``name``; there must be another."""
+        del self._trainable[name]
+        active = None if self.active == name else self.active
+        self._switch(next(iter(self._trainable)))  # PEFT warns when it has to
+        self._peft.delete_adapter(name)
+        self._restore(active)
+
+    def _check(self, config: LoraConfig) -> None:
+        """Refuse adapters that a pass here would ignore without a word, or that would change the base others share."""
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, field, None):
+                raise UserError(f"the LoRA configuration sets {field}, which passes here would ignore; leave it out")
+        if getattr(config, "bias", "none") != "none":
+            raise UserError(
+                f"the LoRA configuration sets bias={config.bias!r}, which changes the base under every other adapter and "
+                "the reference; set bias='none'"
+            )
+        shared = {
+            id(self.model.get_output_embeddings()): "the head",
+            id(self.model.get_input_embeddings()): "embeddings",
+        }
+        for name, module in self.model.named_modules():
+            name = name.removesuffix(".base_layer")
+            if id(module) in shared and check_target_module_exists(config, name):
+                raise UserError(
+                    f"LoRA on {name} ({shared[id(module)]}) is not supported: log-probabilities are computed from the plain "
+                    "weight and would ignore it; take it out of lora_target_modules (all-linear leaves it out)"
+                )
+
     def _added(self, name: str, trainable: bool) -> None:
-        self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         self._trainable[name] = trainable
-        # adding an adapter makes PEFT freeze the others
+        self._restore(name)
+
+    def _restore(self, active: str | None) -> None:
+        """Undo what PEFT does to all adapters when one comes or goes: it freezes some and switches."""
+        self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         for adapter, train in self._trainable.items():
             for parameter in self.parameters(adapter).values():
                 parameter.requires_grad_(train)
-        self._switch(name)
+        self._switch(active)
 
     def config(self, name: str) -> LoraConfig:
         return self._peft.peft_config[name]
@@ -120,6 +244,17 @@ class Adapters:
             )
         self._switch(name)
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Passes inside may switch even while a graph waits: its adapter is back before its backward can run."""
+        active, graphs = self.active, self._graphs
+        self._graphs = weakref.WeakSet()
+        try:
+            yield
+        finally:
+            self._graphs = graphs
+            self._switch(active)
+
     def _switch(self, name: str | None) -> None:
         for layer in self._layers:
             layer._disable_adapters = name is None
@@ -145,9 +280,46 @@ class Adapters:
         config.inference_mode = mode
 
     def merged(self, name: str) -> PreTrainedModel:
-        """A copy of the base with adapter ``name`` folded into its weights."""
+        """A copy of the base with adapter ``name`` folded into its weights; a 4-bit base comes out in 16 (or 32) bit.
+
+        Raises:
+            UserError: the base is in 4 bit and the adapter is a variant of LoRA, such as DoRA.
+        """
         self.use(name)
+        if is_4bit(self.model):
+            return self._merged_plain(name)
         return copy.deepcopy(self._peft).merge_and_unload(adapter_names=[name])
+
+    @torch.no_grad()
+    def _merged_plain(self, name: str) -> PreTrainedModel:
+        """Dequantize and merge into a plain model. Quantizing the sum again would lose most of the adapter."""
+        variants = [layer for layer in self._layers if name in getattr(layer, "lora_variant", {})]
+        if variants:
+            raise UserError("only plain LoRA can be merged with a 4-bit base; export the adapter, without --merge")
+        weights = {}
+        for key, module in self.model.named_modules():
+            if ".lora_" in key or isinstance(module, LoraLayer):
+                continue
+            lora = self.model.get_submodule(key.removesuffix(".base_layer"))
+            for part, parameter in module.named_parameters(recurse=False):
+                weight = parameter.data
+                if callable(dequantized := base_weight(module)) if part == "weight" else False:
+                    weight = dequantized()
+                    if isinstance(lora, LoraLayer) and name in lora.lora_A:
+                        weight = (weight.float() + lora.get_delta_weight(name)).to(weight.dtype)
+                    if module.source_cls is Conv1D:
+                        weight = weight.T.contiguous()
+                weights[f"{key.removesuffix('.base_layer')}.{part}"] = weight
+        config = copy.deepcopy(self.model.config)
+        del config.quantization_config
+        with torch.device("meta"):
+            plain = type(self.model)(config)
+        plain.load_state_dict(weights, strict=False, assign=True)
+        for key, buffer in self.model.named_buffers():  # rotary frequencies are in no state dict
+            owner, _, part = key.rpartition(".")
+            plain.get_submodule(owner).register_buffer(part, buffer.clone(), persistent=False)
+        plain.tie_weights()
+        return plain
 
 
 @contextlib.contextmanager

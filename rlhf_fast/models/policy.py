@@ -18,16 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.data.batch import TokenBatch
+from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import linear_logprobs
 
 from .adapters import Adapters
 from .attention import Segments, generation_attention, use_packed_attention
+from .fingerprint import fingerprint
 from .heads import ScalarHead
 
 ROLE_FILE = "rlhf_fast.json"
 HEADS_FILE = "heads.safetensors"
+READ_BACK = "read_back"  # the role of what was just saved, while it is compared
 
 
 class Policy(nn.Module):
@@ -48,6 +50,7 @@ class Policy(nn.Module):
         self.native_attention = use_packed_attention(model)
         self.tokenizer = tokenizer
         self.role = role
+        self.loaded = ""  # what loading did, in one line
         self.continued = False  # the policy started from a trained adapter, which is then the reference
         self.compute_dtype: torch.dtype | None = None  # of every pass, where it is not that of the weights
         self.adapters = Adapters(model)
@@ -237,10 +240,12 @@ class Policy(nn.Module):
             raise UserError(f"{folder} already holds {kind} ({other}); choose another output_dir")
 
     def save(self, folder: str | Path) -> None:
-        """Write adapter (PEFT format) or whole model, tokenizer and heads; the heads are read back and compared.
+        """Write adapter (PEFT format) or whole model, tokenizer and heads.
+
+        Adapter and heads are then read back, and must give the outputs of those in memory on a few tokens, bit for bit.
 
         Raises:
-            OSError: a head on disk differs from the one in memory.
+            OSError: what is on disk differs from what is in memory.
             UserError: the folder holds a model of the other kind.
         """
         folder = Path(folder)
@@ -254,10 +259,49 @@ class Policy(nn.Module):
         heads = {k: v.detach().cpu() for k, v in self.heads.state_dict().items() if k.startswith(f"{self.role}.")}
         if heads:
             save_file(heads, folder / HEADS_FILE)
-            saved = load_file(folder / HEADS_FILE)
-            if any(not torch.equal(saved[k], v) for k, v in heads.items()):
-                raise OSError(f"{folder / HEADS_FILE} does not read back as written; check the disk")
-        (folder / ROLE_FILE).write_text(json.dumps({"role": self.role}, indent=2) + "\n")
+        about = {"role": self.role} | ({"base": fingerprint(self.model)} if self.adapters.names else {})
+        (folder / ROLE_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        self._check_saved(folder, bool(heads))
+
+    @torch.no_grad()
+    def _check_saved(self, folder: Path, head: bool) -> None:
+        """Read adapter and head back beside those in memory, on the same base, and compare."""
+        modes, wrong = [(module, module.training) for module in self.modules()], []
+        self.eval()
+        # PEFT initialises an adapter before it loads one; the run's random numbers stay as they were
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.adapters.aside():
+            try:
+                if head:
+                    load_heads(self, folder, READ_BACK)
+                    saved, mine = self.heads[READ_BACK].state_dict(), self.heads[self.role].state_dict()
+                    wrong += [HEADS_FILE] if any(not torch.equal(saved[k], v) for k, v in mine.items()) else []
+                if self.adapters.names:
+                    self.adapters.load(READ_BACK, folder, trainable=False)
+                    saved, mine = self.adapters.parameters(READ_BACK), self.adapters.parameters(self.role)
+                    same = all(torch.equal(saved[k], v) for k, v in mine.items())
+                    # a wrong head alone would make the outputs differ
+                    same = same and (bool(wrong) or self._same_outputs(head))
+                    wrong += [] if same else ["adapter_model.safetensors"]
+            finally:
+                if READ_BACK in self.heads:
+                    del self.heads[READ_BACK]
+                if READ_BACK in self.adapters.names:
+                    self.adapters.remove(READ_BACK)
+                for module, training in modes:
+                    module.training = training
+        if wrong:
+            raise OSError(f"{folder}: {' and '.join(wrong)} read back other than what is in memory; check the disk")
+
+    def _same_outputs(self, head: bool) -> bool:
+        """Whether the adapter just read back says the same as ours about two short sequences."""
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        rows = [[(3 + 7 * i) % vocabulary for i in range(n)] for n in (5, 3)]
+        batch = TokenBatch.pack([Example(ids, [False] + [True] * (len(ids) - 1)) for ids in rows], self.device)
+        run = self.scores if head else self.logprobs
+        mine = run(batch, role=self.role)
+        # a pass that does not even repeat itself can accuse nobody
+        return torch.equal(run(batch, role=READ_BACK), mine) or not torch.equal(run(batch, role=self.role), mine)
 
     def export(self, folder: str | Path) -> None:
         """Write a plain transformers folder, adapters folded into the weights.
@@ -285,5 +329,14 @@ def load_heads(policy: Policy, folder: Path, role: str) -> None:
 
 def saved_role(folder: Path) -> str:
     """What the model in ``folder`` was trained for: "policy", unless our own file says otherwise."""
+    return _about(folder).get("role", "policy")
+
+
+def saved_base(folder: Path) -> dict[str, str] | None:
+    """The fingerprint of the base that the adapter in ``folder`` was trained on, when our own file holds it."""
+    return _about(folder).get("base")
+
+
+def _about(folder: Path) -> dict[str, Any]:
     path = folder / ROLE_FILE
-    return json.loads(path.read_text())["role"] if path.is_file() else "policy"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -8,6 +8,8 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 
+from .optimizers import OPTIMIZERS
+
 SCHEDULES = (
     "linear",
     "cosine",
@@ -44,6 +46,7 @@ class TrainerConfig:
     bad_rows: str = "error"  # at a row that cannot be used: error names it and stops, drop leaves it out and counts it
     output_dir: str = "runs/run"  # the run folder: model, checkpoints, metrics, plots
     learning_rate: float | None = None  # peak; None is the algorithm's default, higher with LoRA
+    optim: str = "adamw"  # adamw; adamw_8bit and paged_adamw_8bit (bitsandbytes) keep its moments in 8 bit
     lr_scheduler_type: str = "linear"  # linear, cosine, constant, constant_with_warmup, ...
     warmup_ratio: float = 0.03  # share of all steps spent raising the learning rate from 0
     weight_decay: float = 0.0  # AdamW's, on matrices; norms, biases and heads do not decay
@@ -54,6 +57,7 @@ class TrainerConfig:
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
     dtype: str = "auto"  # of the base weights: auto, float32, bfloat16
+    load_in_4bit: bool = False  # hold the base in NF4, for training an adapter; a run folder trained so always is
     use_peft: bool = False  # train a LoRA adapter instead of all weights
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its output is scaled by lora_alpha / lora_r
@@ -76,6 +80,7 @@ class TrainerConfig:
             raise UserError(f"eval_steps is {self.eval_steps}; it must be at least 1, or unset for one at the end")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"warmup_ratio is {self.warmup_ratio}; it is a share of all steps, from 0 to 1")
+        one_of("optim", self.optim, OPTIMIZERS)
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("bad_rows", self.bad_rows, ("error", "drop"))
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))

@@ -29,7 +29,8 @@ from rlhf_fast.data.packing import IndexSampler
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy, disable_dropout, load
-from rlhf_fast.models.adapters import lora_config
+from rlhf_fast.models.adapters import is_4bit, lora_config
+from rlhf_fast.models.fingerprint import difference, fingerprint
 from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from rlhf_fast.run.config import save_config
 from rlhf_fast.run.means import Means
@@ -37,6 +38,7 @@ from rlhf_fast.run.metrics import MetricsLog
 from rlhf_fast.run.signals import StopSignals
 
 from .config import TrainerConfig
+from .optimizers import build_optimizer
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 3
@@ -413,6 +415,10 @@ class Trainer:
         lora = peft_config is not None or (
             isinstance(model, (str, Path)) and (Path(model) / "adapter_config.json").is_file()
         )
+        if not lora and (a.load_in_4bit or is_4bit(model)):
+            raise UserError(
+                "a 4-bit base is frozen and takes an adapter: add use_peft, or leave load_in_4bit out to train all weights"
+            )
         half = self.accelerator.device.type == "cuda" and a.dtype == "auto"
         dtype = torch.bfloat16 if a.dtype == "bfloat16" or (half and lora) else torch.float32
         policy = load(
@@ -422,7 +428,10 @@ class Trainer:
             dtype=dtype,
             device=self.accelerator.device,
             role=self.role,
+            load_in_4bit=a.load_in_4bit or None,
         )
+        if policy.loaded:
+            self.say(policy.loaded)
         if policy.continued and a.use_peft:
             c = policy.adapters.config(policy.role)
             self.say(
@@ -441,7 +450,7 @@ class Trainer:
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": a.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate)
+        optimizer = build_optimizer(a.optim, [g for g in groups if g["params"]], rate)
         self.model, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
         # stepped by hand: accelerate's wrapper would advance it once per process
         self.scheduler = get_scheduler(
@@ -471,14 +480,15 @@ class Trainer:
             "skipped": self._skipped,
             "ranks": gather_object([local]),
             "extra": self.extra_state(),
+            "base": fingerprint(self.policy.model) if self.policy.adapters.names else None,  # frozen, and not in here
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state`.
 
         Raises:
-            UserError: the checkpoint holds other parameters or comes from other data, another seed or another number
-                of processes.
+            UserError: the checkpoint holds other parameters, belongs to another base, or comes from other data, another
+                seed or another number of processes.
         """
         mine = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         saved = {n: w.shape for n, w in state["weights"].items()}
@@ -492,6 +502,7 @@ class Trainer:
                 f"the checkpoint was written by {len(state['ranks'])} processes, this run has "
                 f"{self.accelerator.num_processes}; start as many"
             )
+        self._check_base(state.get("base"))
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(state["weights"][name])
@@ -510,6 +521,17 @@ class Trainer:
             self.records = [self.restore_record(r) for r in local["records"]]
         self.load_extra_state(state["extra"])
         set_rng_state(local["rng"])
+
+    def _check_base(self, saved: dict[str, str] | None) -> None:
+        """Raise UserError if the frozen weights are not those that the checkpoint ``saved`` was trained on."""
+        if saved is None:
+            return
+        here = fingerprint(self.policy.model)
+        how = difference(saved, here)
+        if how is None and saved["format"] != here["format"]:
+            how = f"it was held {saved['format']} there and {here['format']} here; see load_in_4bit"
+        if how:
+            raise UserError(f"the checkpoint belongs to another base than {self.policy.model.name_or_path}: {how}")
 
     def restore_record(self, fields: dict[str, Any]) -> Any:
         """A sampled record from its checkpointed fields."""

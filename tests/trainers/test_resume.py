@@ -60,8 +60,8 @@ KINDS = {
 
 
 @pytest.fixture
-def trainer(make_model, tokenizer, settings):
-    """trainer(name, lora, **more): a new trainer on the same fresh model."""
+def trainer(make_model, tokenizer, settings, tmp_path):
+    """trainer(name, lora, **more): a new trainer on the same fresh model; lora="nf4": on that model in 4 bit."""
 
     def make(name, lora, **more):
         kind, config, options = KINDS[name]
@@ -69,9 +69,13 @@ def trainer(make_model, tokenizer, settings):
         # dropout, so that supervised fine-tuning draws random numbers too
         peft = lora_config(r=4, alpha=8, dropout=0.1) if lora else None
         given = {"reward_funcs": vowels} if name in ("grpo", "ppo") else {}
-        args = config(**settings(**{**common, **options, **more}))
+        args = config(**settings(**{**common, **options, "load_in_4bit": lora == "nf4", **more}))
         dataset = {"train_dataset": rows(kind), "processing_class": tokenizer, "peft_config": peft}
-        return kind(make_model(), args=args, **dataset, **given)
+        model = make_model()
+        if args.load_in_4bit:
+            model.save_pretrained(tmp_path / "base")
+            model = str(tmp_path / "base")
+        return kind(model, args=args, **dataset, **given)
 
     return make
 
@@ -83,7 +87,7 @@ def assert_same_end(resumed, whole, after):
     assert [s for s in resumed.steps if s["step"] > after] == [s for s in whole.steps if s["step"] > after]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, True, "nf4"], ids=["full", "lora", "nf4"])
 @pytest.mark.parametrize("name", KINDS)
 def test_resuming_anywhere_ends_in_the_same_weights(name, lora, trainer, run):
     """From a checkpoint in the middle of a round (step 3 of 4) and of a logging window, and from the end of one."""

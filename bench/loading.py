@@ -1,0 +1,146 @@
+"""Host memory and time of loading a sharded checkpoint: bf16, NF4, and a change of dtype.
+
+    python -m bench.loading --gb 2 --shard_mb 200
+
+A random checkpoint of a Qwen2 shape is written shard by shard into a temporary folder, then each way of loading runs in a
+process of its own. What counts is memory that the process allocates (RssAnon in /proc): it cannot be taken back without
+swapping. Pages of the files themselves, which are mapped, show up in RSS and in VmHWM too, but are the kernel's cache of
+the disk: they go as soon as somebody needs the memory. On a CPU the model itself counts as allocated, except bf16 weights
+loaded as bf16, which stay mapped from the files. *extra* is the peak above what the loaded model holds; it must stay below
+one shard, whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+WAYS = {  # name -> dtype, 4 bit
+    "bf16": ("bfloat16", False),
+    "nf4": ("bfloat16", True),
+    "fp32": ("float32", False),
+}
+VOCABULARY = 32_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint")
+    parser.add_argument("--shard_mb", type=float, default=200.0, help="size of each file of it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--folder", help="where to write the checkpoint; a temporary folder when not given")
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(*args.measure, args.device)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        size, shards = write_checkpoint(Path(temporary), args.gb * 1e9, args.shard_mb * 1e6)
+        print(f"checkpoint: {size / 1e9:.2f} GB of bf16 in {shards} files\n")
+        print("| loaded as | seconds | weights | allocated by loading | of that extra | mapped | VmHWM |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for way in args.ways:
+            command = [sys.executable, "-m", "bench.loading", "--measure", way, temporary, "--device", args.device]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row = json.loads(done.stdout.splitlines()[-1])
+            mb = [f"{row[k]:,.0f} MB" for k in ("weights", "allocated", "extra", "mapped", "high_water")]
+            print(f"| {way} | {row['seconds']:.1f} | {' | '.join(mb)} |", flush=True)
+
+
+def write_checkpoint(folder: Path, size: float, shard_size: float, hidden: int = 2048) -> tuple[int, int]:
+    """A Qwen2 of about ``size`` bytes with random bf16 weights, and a tokenizer. Returns its bytes and number of files."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    wide = hidden * 11 // 4
+    per_layer = 2 * (2 * hidden * hidden + 2 * hidden * (hidden // 4) + 3 * hidden * wide)
+    layers = max(1, round((size - 4 * VOCABULARY * hidden) / per_layer))
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        architectures=["Qwen2ForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    total = files = 0
+    for i, (name, shape) in enumerate(shapes.items(), start=1):
+        shard[name] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+        total += shard[name].nbytes
+        if sum(t.nbytes for t in shard.values()) >= shard_size or i == len(shapes):
+            files += 1
+            file = f"model-{files:05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(shard, file))
+            shard = {}
+    about = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(about))
+    return total, files
+
+
+def measure(way: str, folder: str, device: str) -> dict[str, float]:
+    """Load once in this process; megabytes and seconds."""
+    import torch
+
+    from rlhf_fast.models import load
+    from rlhf_fast.models.load import weight_bytes
+
+    dtype, in_4bit = WAYS[way]
+    if in_4bit:
+        import bitsandbytes  # noqa: F401  (a library's own memory is not loading's)
+    if device != "cpu":
+        torch.zeros(1, device=device)
+    before = _memory()["RssAnon"]
+    peaks = {"RssAnon": 0.0, "RssFile": 0.0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            now = _memory()
+            peaks.update({name: max(peak, now[name]) for name, peak in peaks.items()})
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    policy = load(folder, dtype=getattr(torch, dtype), device=device, load_in_4bit=in_4bit)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    after = _memory()
+    return {
+        "seconds": seconds,
+        "weights": weight_bytes(policy.model) / 1e6,
+        "allocated": max(peaks["RssAnon"], after["RssAnon"]) - before,
+        "extra": max(0.0, peaks["RssAnon"] - after["RssAnon"]),
+        "mapped": peaks["RssFile"],
+        "high_water": after["VmHWM"],
+    }
+
+
+def _memory() -> dict[str, float]:
+    """Megabytes, by the kernel's names."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {w[0][:-1]: int(w[1]) * 1024 / 1e6 for w in lines if w[0] in ("VmHWM:", "RssAnon:", "RssFile:")}
+
+
+if __name__ == "__main__":
+    main()
