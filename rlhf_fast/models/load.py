@@ -111,7 +111,7 @@ def attach(policy: Policy, role: str, folder: str | Path) -> Policy:
         policy.heads[role].requires_grad_(False)
         return policy
     other = load(folder, device=policy.device, dtype=policy.model.dtype)
-    other.compute_dtype = policy.compute_dtype
+    other.compute_dtype, other.attention = policy.compute_dtype, policy.attention
     return other.requires_grad_(False)
 
 

@@ -1,7 +1,8 @@
 """The policy and everything else that shares its base: critic, reward model, reference. The one fusion seam.
 
 A pass runs the body to hidden states, takes only the rows that predict a response token, and hands them with the head's
-weight to ``linear_logprobs``: logits never exist. The shift by one (row t - 1 predicts token t) lives here and nowhere else.
+weight to ``linear_logprobs``: logits never exist. The shift by one (what precedes token t predicts it,
+``TokenBatch.predictor_rows``) is used here and nowhere else.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Policy(nn.Module):
         self.loaded = ""  # what loading did, in one line
         self.continued = False  # the policy started from a trained adapter, which is then the reference
         self.compute_dtype: torch.dtype | None = None  # of every pass, where it is not that of the weights
+        self.attention = "auto"  # implementation of attention in every pass, see models.attention
         self.adapters = Adapters(model)
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -144,7 +146,7 @@ class Policy(nn.Module):
                 position_ids=batch.position_ids[None],
                 attention_mask=None,
                 use_cache=False,
-                segments=Segments.of(batch),
+                segments=Segments.of(batch, self.attention),
             )
         return self.adapters.guard(out.last_hidden_state[0])
 
@@ -174,7 +176,7 @@ class Policy(nn.Module):
     def values(self, batch: TokenBatch, *, role: str = "value") -> Tensor:
         """The critic's estimate of the state before every response token. (N,) float32, 0 outside the responses."""
         hidden = self.hidden(batch, role)
-        return self._spread(self.heads[role](hidden[batch.response_rows - 1]), batch)
+        return self._spread(self.heads[role](hidden[batch.predictor_rows]), batch)
 
     def scores(self, batch: TokenBatch, *, role: str = "reward") -> Tensor:
         """The reward model's score of every sequence, read at its last token. (B,) float32."""
@@ -202,7 +204,7 @@ class Policy(nn.Module):
 
     def _head_inputs(self, batch: TokenBatch, role: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Hidden rows that predict a response token, the head's weight, and how logits follow from them."""
-        hidden = self.hidden(batch, role)[batch.response_rows - 1]
+        hidden = self.hidden(batch, role)[batch.predictor_rows]
         model = self.model_for(role)
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         weight, bias = head.weight, getattr(head, "bias", None)

@@ -131,9 +131,14 @@ def restore_experience(fields: dict[str, Any], device: Any) -> Experience:
 
 @torch.no_grad()
 def annotate(
-    experiences: Sequence[Experience], name: str, compute: Callable[[TokenBatch], Tensor], batch_size: int, device: Any
+    experiences: Sequence[Experience],
+    name: str,
+    compute: Callable[[TokenBatch], Tensor],
+    batch_size: int,
+    pack: Callable[[list[Example]], TokenBatch],
 ) -> None:
     """Fill the per-token entry ``name`` with ``compute(batch) -> (N,)``, ``batch_size`` sequences at a time."""
     for start in range(0, len(experiences), batch_size):
         part = experiences[start : start + batch_size]
-        unpack(part, name, compute(TokenBatch.pack([e.example for e in part], device)))
+        batch = pack([e.example for e in part])
+        unpack(part, name, compute(batch), batch)

@@ -78,10 +78,10 @@ class RewardModel:
         return [Example([*p, *c], [False] * len(p) + [True] * len(c)) for p, c in zip(prompt_ids, completion_ids)]
 
     def _batches(self, examples: list[Example]) -> Iterator[list[int]]:
-        """Indices of examples that fit ``max_tokens`` together, similar lengths together."""
+        """Indices of examples that fit ``max_tokens`` together, in order: responses to one prompt are neighbours."""
         rows: list[int] = []
         tokens = 0
-        for i in sorted(range(len(examples)), key=lambda i: len(examples[i])):
+        for i in range(len(examples)):
             if rows and tokens + len(examples[i]) > self.max_tokens:
                 yield rows
                 rows, tokens = [], 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.attention import CHOICES
 
 from .optimizers import OPTIMIZERS
 
@@ -58,6 +59,8 @@ class TrainerConfig:
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
     dtype: str = "auto"  # of the base weights: auto, float32, bfloat16
     load_in_4bit: bool = False  # hold the base in NF4, for training an adapter; a run folder trained so always is
+    attn_implementation: str = "auto"  # auto, varlen (torch's fused kernel), flash_attention_2 (flash-attn's), sdpa
+    shared_prefix: bool = True  # responses to one prompt compute it once, where that spares at least 23% of the tokens
     use_peft: bool = False  # train a LoRA adapter instead of all weights
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its output is scaled by lora_alpha / lora_r
@@ -84,6 +87,7 @@ class TrainerConfig:
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("bad_rows", self.bad_rows, ("error", "drop"))
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        one_of("attn_implementation", self.attn_implementation, CHOICES)
 
 
 @dataclass(kw_only=True)

@@ -85,10 +85,10 @@ class DPOTrainer(Trainer):
 
     @torch.no_grad()
     def _with_reference(self, records: list[Preference]) -> list[Preference]:
-        size, filled = self.args.per_device_train_batch_size, []
+        size, filled = self.micro_batch_size, []
         for start in range(0, len(records), size):
             part = records[start : start + size]
-            batch = TokenBatch.pack([e for r in part for e in r.responses], self.policy.device)
+            batch = self.pack([e for r in part for e in r.responses])
             sums = self._sequence_logprobs(batch, self.policy.logprobs(batch, role="reference"))
             # copies: kept beside the data, they would be of the first epoch's micro-batches, and lost in a checkpoint
             filled += [replace(r, ref_logprobs=pair) for r, pair in zip(part, sums.view(-1, 2).tolist())]
@@ -96,7 +96,7 @@ class DPOTrainer(Trainer):
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
-        batch = TokenBatch.pack([e for r in records for e in r.responses], self.policy.device)
+        batch = self.pack([e for r in records for e in r.responses])
         chosen, rejected = self._sequence_logprobs(batch, self.model(batch)).view(-1, 2).unbind(1)
         ref_chosen, ref_rejected = torch.tensor([r.ref_logprobs for r in records], device=chosen.device).unbind(1)
         total = 0.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed
+from rlhf_fast.data.batch import Experience, Prompt, packed
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import group_advantages, policy_loss
 from rlhf_fast.kernels.policy import LEVELS
@@ -90,6 +90,12 @@ class GRPOTrainer(RLTrainer):
         return super().rows_per_window // self.args.num_generations
 
     @property
+    def micro_batch_size(self) -> int:
+        """Whole groups where they fit, so that each has its prompt in one place."""
+        size = super().micro_batch_size
+        return size - size % self.args.num_generations if size > self.args.num_generations else size
+
+    @property
     def repeats(self) -> int:
         return self.args.num_iterations
 
@@ -99,26 +105,25 @@ class GRPOTrainer(RLTrainer):
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample a group of responses to every prompt, score them, and compare each with its group."""
-        a, device = self.args, self.policy.device
+        a, device, size = self.args, self.policy.device, self.micro_batch_size
         experiences, metrics = self.respond(prompts, n=a.num_generations)
         rewards = torch.tensor([e.reward for e in experiences])
         advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
         for experience, advantage in zip(experiences, advantages.to(device)):
             experience.advantages = advantage.expand(len(experience.example))
-        size = a.per_device_train_batch_size
         with self.timed("logprobs"):
             if a.num_iterations > 1:  # else the policy does not move between sampling and its only step
-                annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, device)
+                annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, self.pack)
             if a.beta:
-                annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
+                annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, self.pack)
         self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
         return experiences
 
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
-        batch = TokenBatch.pack([e.example for e in records], self.policy.device)
+        batch = self.pack([e.example for e in records])
         logprobs, entropy = self.model(batch, temperature=a.temperature, entropy="detached")
-        old_logprobs = packed(records, "old_logprobs")
+        old_logprobs = packed(records, "old_logprobs", batch)
         mask = batch.response_mask
         if a.mask_truncated_completions:
             kept = torch.tensor([not self._ignored(e) for e in records])
@@ -132,14 +137,14 @@ class GRPOTrainer(RLTrainer):
         loss, metrics = policy_loss(
             logprobs,
             logprobs.detach() if old_logprobs is None else old_logprobs,
-            packed(records, "advantages"),
+            packed(records, "advantages", batch),
             mask,
             kind=kind,
             clip_low=a.epsilon,
             clip_high=a.epsilon_high,
             dual_clip=a.delta,
             level=a.importance_sampling_level,
-            ref_logprobs=packed(records, "ref_logprobs"),
+            ref_logprobs=packed(records, "ref_logprobs", batch),
             kl_coef=a.beta,
             aggregate=aggregate,
             denominator=denominators[aggregate],

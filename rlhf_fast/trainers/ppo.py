@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed, unpack
+from rlhf_fast.data.batch import Experience, Prompt, packed, unpack
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss, whiten
 from rlhf_fast.kernels.kl import ESTIMATORS
@@ -109,18 +109,17 @@ class PPOTrainer(RLTrainer):
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample one response to every prompt, score it, and estimate the advantage of each of its tokens."""
-        a, device = self.args, self.policy.device
+        a, size = self.args, self.micro_batch_size
         experiences, metrics = self.respond(prompts, n=1)
         for experience in experiences:
             if math.isnan(experience.reward):  # nobody could score it: it teaches nothing
                 experience.reward, experience.example.response_mask = 0.0, [False] * len(experience.example)
             elif a.missing_eos_penalty is not None and not experience.finished:
                 experience.reward -= a.missing_eos_penalty
-        size = a.per_device_train_batch_size
         with self.timed("logprobs"):
-            annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, device)
-            annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
-            annotate(experiences, "values", self.policy.values, size, device)
+            annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, self.pack)
+            annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, self.pack)
+            annotate(experiences, "values", self.policy.values, size, self.pack)
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
         return experiences
@@ -128,14 +127,14 @@ class PPOTrainer(RLTrainer):
     def _estimate_advantages(self, experiences: list[Experience]) -> None:
         """Fill advantages and returns, measure the rewards they come from, and adapt ``kl_coef``."""
         a = self.args
-        batch = TokenBatch.pack([e.example for e in experiences], self.policy.device)
+        batch = self.pack([e.example for e in experiences])
         scores = torch.tensor([e.reward for e in experiences], device=self.policy.device)
-        values, mask = packed(experiences, "values"), batch.response_mask
+        values, mask = packed(experiences, "values", batch), batch.response_mask
         discounting = {"gamma": a.gamma, "lam": a.lam, "cu_seqlens": batch.cu_seqlens}
         advantages, returns, rewards, kl = kl_shaped_gae(
             scores,
-            packed(experiences, "old_logprobs"),
-            packed(experiences, "ref_logprobs"),
+            packed(experiences, "old_logprobs", batch),
+            packed(experiences, "ref_logprobs", batch),
             values,
             mask,
             kl_coef=self.kl_coef,
@@ -145,8 +144,8 @@ class PPOTrainer(RLTrainer):
         if a.whiten_rewards:
             advantages, returns = gae(whiten(rewards, mask, shift_mean=False), values, mask, **discounting)
             advantages = whiten(advantages, mask)
-        unpack(experiences, "advantages", advantages)
-        unpack(experiences, "returns", returns)
+        unpack(experiences, "advantages", advantages, batch)
+        unpack(experiences, "returns", returns, batch)
         count = sum(self.size(e) > 0 for e in experiences)  # those that were scored
         if count:
             rows = batch.response_rows
@@ -173,7 +172,7 @@ class PPOTrainer(RLTrainer):
 
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
-        batch = TokenBatch.pack([e.example for e in records], self.policy.device)
+        batch = self.pack([e.example for e in records])
         tokens = batch.num_response_tokens
         whole = window.tokens / max(tokens, 1)  # a loss times this is its mean over this micro-batch
         if self.step >= a.critic_warmup_steps:
@@ -182,8 +181,8 @@ class PPOTrainer(RLTrainer):
             )
             loss, metrics = policy_loss(
                 logprobs,
-                packed(records, "old_logprobs"),
-                packed(records, "advantages"),
+                packed(records, "old_logprobs", batch),
+                packed(records, "advantages", batch),
                 batch.response_mask,
                 clip_low=a.cliprange,
                 denominator=window.tokens,
@@ -203,8 +202,8 @@ class PPOTrainer(RLTrainer):
         values = self.model(batch, output="values")
         loss, metrics = value_loss(
             values,
-            packed(records, "values"),
-            packed(records, "returns"),
+            packed(records, "values", batch),
+            packed(records, "returns", batch),
             batch.response_mask,
             clip=a.cliprange_value,
             denominator=window.tokens,

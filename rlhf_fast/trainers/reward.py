@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Preference, TokenBatch
+from rlhf_fast.data.batch import Preference
 from rlhf_fast.data.prepare import prepare_preferences
 from rlhf_fast.kernels import pairwise_reward_loss, ranked_reward_loss
 
@@ -52,7 +52,7 @@ class RewardTrainer(Trainer):
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         counts = torch.tensor([len(r.responses) for r in records])
-        batch = TokenBatch.pack([e for r in records for e in r.responses], self.policy.device)
+        batch = self.pack([e for r in records for e in r.responses])
         flat = self.model(batch, output="scores")
         exists = (torch.arange(int(counts.max())) < counts[:, None]).to(flat.device)
         scores = flat.new_zeros(exists.shape).masked_scatter(exists, flat)  # (B, K), best first

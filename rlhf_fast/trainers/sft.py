@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Example, TokenBatch
+from rlhf_fast.data.batch import Example
 from rlhf_fast.data.packing import pack_bins
 from rlhf_fast.data.prepare import prepare_sft
 
@@ -55,7 +55,7 @@ class SFTTrainer(Trainer):
         return sum(e.weight * sum(e.response_mask[1:]) for e in record)
 
     def losses(self, records: list[list[Example]], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
-        batch = TokenBatch.pack([e for row in records for e in row], self.policy.device)
+        batch = self.pack([e for row in records for e in row])
         logprobs, entropy = self.model(batch, entropy="detached")
         weighted = logprobs if batch.weights is None else logprobs * batch.weights
         tokens = batch.num_response_tokens  # never 0: rows without one are dropped

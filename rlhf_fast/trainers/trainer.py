@@ -25,11 +25,13 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
+from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.data.packing import IndexSampler
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy, disable_dropout, load
 from rlhf_fast.models.adapters import is_4bit, lora_config
+from rlhf_fast.models.attention import check_implementation
 from rlhf_fast.models.fingerprint import difference, fingerprint
 from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from rlhf_fast.run.config import save_config
@@ -153,6 +155,11 @@ class Trainer:
         return 1
 
     @property
+    def micro_batch_size(self) -> int:
+        """Records that one forward pass takes at most."""
+        return self.args.per_device_train_batch_size
+
+    @property
     def rows_per_window(self) -> int:
         """Rows of the data set behind one window of one rank."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -172,6 +179,10 @@ class Trainer:
         adapter is switched on.
         """
         raise NotImplementedError
+
+    def pack(self, examples: list[Example]) -> TokenBatch:
+        """``examples`` in one row on the device, as every pass of this run lays them out."""
+        return TokenBatch.pack(examples, self.policy.device, shared_prefix=self.args.shared_prefix)
 
     def evaluate(self) -> dict[str, float]:
         """Mean losses and metrics over ``eval_dataset``, names prefixed ``eval_``."""
@@ -299,7 +310,7 @@ class Trainer:
         """One step on the records at ``indices``; returns the response tokens seen on all ranks."""
         records = [self.records[i] for i in indices]
         window = self._window(records)
-        size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        size, world = self.micro_batch_size, self.accelerator.num_processes
         starts = range(0, len(records), size)
         for start in starts:
             hold = start != starts[-1] and world > 1
@@ -432,6 +443,8 @@ class Trainer:
         )
         if policy.loaded:
             self.say(policy.loaded)
+        check_implementation(a.attn_implementation, policy.device)
+        policy.attention = a.attn_implementation
         if policy.continued and a.use_peft:
             c = policy.adapters.config(policy.role)
             self.say(

@@ -108,17 +108,6 @@ def test_a_soft_cap_inside_attention_is_refused_not_ignored(tokenizer, examples)
         policy.logprobs(TokenBatch.pack(examples))
 
 
-def test_a_sliding_window_shorter_than_a_sequence_is_refused(model, tokenizer, examples):
-    policy = load(model, tokenizer=tokenizer)
-    for layer in model.model.layers:
-        layer.self_attn.sliding_window = 12  # covers the longest sequence: changes nothing
-    policy.logprobs(TokenBatch.pack(examples))
-    for layer in model.model.layers:
-        layer.self_attn.sliding_window = 11
-    with pytest.raises(UserError, match="sliding_window.*at most 11 tokens"):
-        policy.logprobs(TokenBatch.pack(examples))
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_saved_policy_loads_back_with_the_same_logprobs(model, tokenizer, examples, lora, tmp_path):
     base = load(model, tokenizer=tokenizer)
