@@ -1,8 +1,8 @@
 """Triton kernels of RMSNorm: a program holds whole rows in registers, reads each number once and writes it once.
 
 Forward moves 2 numbers an element, backward 3: both are bound by memory. The rows of a program and the order of its sums
-depend on the width alone, so a row's bits do not depend on its neighbours. The weight's gradient is summed by a fixed
-number of programs, each over its own rows in order, and then over programs.
+depend on the width alone, so a row's bits do not depend on its neighbours. The gradient of a trained weight is a launch
+of its own, column by column, as whole rows and their running sums do not fit into registers together.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from rlhf_fast.kernels.logprobs.triton_impl import OPTIONS
 
 __all__ = ["rms_norm_backward", "rms_norm_forward", "unsupported"]
 
-WIDEST = 16384  # a row of more would spill
+WIDEST, WIDEST_ODD = 8192, 2048  # more would leave room for less than two programs per processor
 SMALL_TILE = 2048  # narrow rows (a head's 64 or 128 entries) share a program until they fill this
-WEIGHT_PROGRAMS = 256  # that share the rows when the weight is trained
+# a trained weight: the tile that a program sums at a time, and how many programs share the rows
+WEIGHT_TILE = {"ROWS": 32, "BLOCK": 64, "num_warps": 4}
+SLABS = 64
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
-    if tensors[0].shape[-1] > WIDEST:
-        return f"rows are wider than {WIDEST}"
+    width = tensors[0].shape[-1]
+    if width > (WIDEST_ODD if width % 16 else WIDEST):
+        return f"rows are wider than {WIDEST} (or than {WIDEST_ODD} and no multiple of 16)"
     return logprobs.unsupported(op, *tensors)
 
 
 def tiling(width: int) -> dict[str, int]:
-    """The launch options that follow from a row's width: 16 entries a thread up to 8 warps, more beyond."""
+    """The launch options that follow from a row's width: 16 entries a thread."""
     block = triton.next_power_of_2(width)
     rows = max(1, SMALL_TILE // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(8, rows * block // 512))}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": rows * block // 512}
 
 
 @triton.jit
@@ -87,33 +90,46 @@ def norm_backward_kernel(
     weight_ptr,
     rstd_ptr,
     d_x_ptr,
-    d_weight_ptr,
     num_rows,
     width,
     offset,
-    ROUND_FIRST: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per ROWS rows, or a fixed number of programs that take turns when they sum the weight's gradient."""
+    """One program per ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
+    rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    scaled = load_rows(grad_ptr, row, column, num_rows, width, ROWS) * weight[None, :]
+    unit = load_rows(x_ptr, row, column, num_rows, width, ROWS) * rstd
+    mean = tl.sum(scaled * unit, 1) / width
+    store_rows(d_x_ptr, rstd * (scaled - unit * mean[:, None]), row, column, num_rows, width, ROWS)
+
+
+@triton.jit
+def norm_weight_kernel(
+    grad_ptr,
+    x_ptr,
+    rstd_ptr,
+    partials_ptr,
+    num_rows,
+    width,
+    ROUND_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Programs (slab, block of columns); a slab takes every so manieth group of rows, in order."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
-        row = first.to(tl.int64) + tl.arange(0, ROWS)
+        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
         rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
-        grad = load_rows(grad_ptr, row, column, num_rows, width, ROWS)
         unit = load_rows(x_ptr, row, column, num_rows, width, ROWS) * rstd
-        scaled = grad * weight[None, :]
-        mean = tl.sum(scaled * unit, 1) / width
-        store_rows(d_x_ptr, rstd * (scaled - unit * mean[:, None]), row, column, num_rows, width, ROWS)
-        if HAS_WEIGHT:
-            if ROUND_FIRST:
-                unit = unit.to(x_ptr.dtype.element_ty).to(tl.float32)
-            total += grad * unit
-    if HAS_WEIGHT:
-        tl.store(d_weight_ptr + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
+        if ROUND_FIRST:
+            unit = unit.to(x_ptr.dtype.element_ty).to(tl.float32)
+        total += load_rows(grad_ptr, row, column, num_rows, width, ROWS) * unit
+    tl.store(partials_ptr + tl.program_id(0) * width + column, tl.sum(total, 0), mask=column < width)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
@@ -135,12 +151,15 @@ def rms_norm_backward(
     num_rows, width = x.shape
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sizes = tiling(width)
-    programs = triton.cdiv(num_rows, sizes["ROWS"])
-    if need_weight:
-        programs = min(programs, WEIGHT_PROGRAMS)
-    partials = torch.empty((programs if need_weight else 0, width), dtype=torch.float32, device=x.device)
     if num_rows:
-        arguments = (grad, x, weight, rstd, d_x, partials, num_rows, width, offset)
-        flags = {"ROUND_FIRST": round_first, "HAS_WEIGHT": need_weight}
-        norm_backward_kernel[(programs,)](*arguments, **flags, **sizes, **OPTIONS)
-    return d_x, partials.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
+        grid = (triton.cdiv(num_rows, sizes["ROWS"]),)
+        norm_backward_kernel[grid](grad, x, weight, rstd, d_x, num_rows, width, offset, **sizes, **OPTIONS)
+    if not need_weight:
+        return d_x, weight.new_empty(0)
+    slabs = min(SLABS, triton.cdiv(num_rows, WEIGHT_TILE["ROWS"]))
+    partials = torch.empty((slabs, width), dtype=torch.float32, device=x.device)
+    if slabs:
+        grid = (slabs, triton.cdiv(width, WEIGHT_TILE["BLOCK"]))
+        arguments = (grad, x, rstd, partials, num_rows, width)
+        norm_weight_kernel[grid](*arguments, ROUND_FIRST=round_first, **WEIGHT_TILE, **OPTIONS)
+    return d_x, partials.sum(0).to(weight.dtype)

@@ -39,13 +39,18 @@ class Fusion(NamedTuple):
     fused: dict[str, int]  # kind -> modules
     plain: dict[tuple[str, str], int]  # kind, reason -> modules
 
-    def __str__(self) -> str:
-        fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
-        return "\n".join([f"fused: {fused or 'nothing'}", *self.refusals()])
+    @property
+    def summary(self) -> str:
+        """What is fused, in a line."""
+        return "fused: " + (", ".join(f"{count} {kind}" for kind, count in self.fused.items()) or "nothing")
 
+    @property
     def refusals(self) -> list[str]:
-        """One line for every kind and reason."""
+        """What is not, in a line for every kind and reason."""
         return [f"not fused: {count} {kind}: {reason}" for (kind, reason), count in self.plain.items()]
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *self.refusals])
 
 
 def fuse(model: nn.Module) -> Fusion:

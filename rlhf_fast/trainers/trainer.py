@@ -423,6 +423,10 @@ class Trainer:
             device=self.accelerator.device,
             role=self.role,
         )
+        if not a.fused_layers:
+            policy.unfuse()
+        elif lora:
+            self.say(policy.fusion.summary)  # what is not fused was logged, with why
         if policy.continued and a.use_peft:
             c = policy.adapters.config(policy.role)
             self.say(
