@@ -326,6 +326,63 @@ def test_layers_wrapped_later_are_fused_too(model, tokenizer):
     assert not policy.fusion.plain
 
 
+# ---- 4-bit bases
+
+
+@pytest.fixture
+def four_bit(tmp_path):
+    """four_bit(family, dtype) -> a model like make's, on an NF4 base that computes in ``dtype``."""
+    pytest.importorskip("bitsandbytes")
+
+    def make(family, dtype):
+        torch.manual_seed(0)
+        wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes packs blocks of 64
+        config = type(FAMILIES[family][0])(**SIZES | wide)
+        hf.AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(tmp_path)
+        nf4 = hf.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, dtype=dtype)
+        for layer in model.modules():  # see models/adapters.py: no other layout for passes in eval mode
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
+        options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        return perturb(get_peft_model(model.requires_grad_(False), LoraConfig(**options))).base_model.model.train()
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_a_4_bit_base_equals_peft_and_is_never_kept_expanded(four_bit, family):
+    model = four_bit(family, torch.float32)
+    want = outcome(model)
+    assert fuse(model).fused == {"LoRA layers": 14, "MLPs": 2, "norms": 5} and not describe(model).plain
+    equal(outcome(model), want, 2e-6)  # bitsandbytes multiplies in an order of its own
+    set_checkpointing(model)
+    equal(outcome(model), want, 2e-6)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        model.model.layers[0].mlp(torch.randn(3, 64, requires_grad=True))
+    assert (128, 64) not in kept and (64, 128) not in kept
+    # with the adapters off its base runs as bitsandbytes runs it
+    for layer in lora_layers(model):
+        layer._disable_adapters = True
+    ids = torch.arange(9)[None]
+    fused = model(ids, use_cache=False).logits
+    unfuse(model)
+    assert torch.equal(model(ids, use_cache=False).logits, fused)
+
+
+def test_a_4_bit_base_that_computes_in_another_type_runs_as_it_always_did(four_bit, caplog):
+    model = four_bit("qwen2", torch.float32)
+    for layer in lora_layers(model):
+        layer.base_layer.compute_dtype = torch.bfloat16
+    want = outcome(model)
+    fuse(model)
+    equal(outcome(model), want, 1e-6)
+    assert "the 4-bit base computes in torch.bfloat16, its input is torch.float32" in caplog.text
+
+
 # ---- memory
 
 ONE_LAYER = {"vocab_size": 8, "num_hidden_layers": 1}
