@@ -16,12 +16,15 @@ from .dispatch import BACKENDS, available, backend_report, implementation, use_b
 from .kl import kl_penalty
 from .linear_logprobs import linear_cross_entropy, linear_logprobs
 from .logprobs import sequence_logprobs, token_logprobs
+from .lora import LoraWeights, lora_linear, lora_mlp
+from .norm import rms_norm
 from .policy import policy_loss, value_loss
 from .preference import dpo_loss
 from .reward import pairwise_reward_loss, ranked_reward_loss
 
 __all__ = [
     "BACKENDS",
+    "LoraWeights",
     "available",
     "backend_report",
     "dpo_loss",
@@ -32,9 +35,12 @@ __all__ = [
     "kl_shaped_gae",
     "linear_cross_entropy",
     "linear_logprobs",
+    "lora_linear",
+    "lora_mlp",
     "pairwise_reward_loss",
     "policy_loss",
     "ranked_reward_loss",
+    "rms_norm",
     "sequence_logprobs",
     "shaped_rewards",
     "token_logprobs",

@@ -31,6 +31,8 @@ OPS = {
     "policy": ("policy_loss", "value_loss"),
     "preference": ("dpo_loss",),
     "reward": ("pairwise_reward_loss",),
+    "norm": ("rms_norm_forward", "rms_norm_backward"),
+    "lora": ("gated_forward", "gated_backward"),
 }
 
 # A plain global, not a context variable: autograd runs CUDA backward passes in a thread of its own.

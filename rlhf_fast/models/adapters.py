@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
@@ -123,12 +124,40 @@ def _keep_layout(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def is_lora(module: nn.Module) -> bool:
+    """Whether ``module`` is one of PEFT's LoRA layers."""
+    return isinstance(module, LoraLayer)
+
+
+def frozen_weight(layer: nn.Module, cls: type, dtype: torch.dtype | None = None) -> Tensor | Callable[[], Tensor] | str:
+    """The base weight that ``layer`` multiplies with, or the function that expands it, or why it is neither.
+
+    Args:
+        layer: a linear layer, inside one of PEFT's LoRA layers or not.
+        cls: the layer's class as PEFT or torch made it.
+        dtype: of the multiplication; not checked when None.
+    """
+    base = layer.get_base_layer() if is_lora(layer) else layer
+    cls = type(base) if cls is LoraLinear else cls
+    if cls is nn.Linear and type(base) is nn.Linear:
+        return base.weight
+    if cls.__name__ != "Linear4bit" or type(base).__name__ != "Linear4bit":
+        return f"the base is a {type(base).__name__}" if is_lora(layer) else f"it is a {cls.__name__}"
+    state = getattr(base.weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return "the 4-bit base is not quantised yet" if state is None else "the 4-bit base was repacked for inference"
+    if dtype is not None and base.compute_type_is_set and base.compute_dtype not in (None, dtype):
+        return f"the 4-bit base computes in {base.compute_dtype}, its input is {dtype}"
+    return base_weight(base)
+
+
 class Adapters:
     """The named adapters of one model. ``names`` is empty until the first is added."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, on_change: Callable[[], None] = lambda: None):
         _keep_layout(model)
         self.model = model
+        self.on_change = on_change  # called when layers may have been wrapped
         self.active: str | None = None  # None: the base alone
         self._peft: PeftModel | None = None
         self._layers: list[LoraLayer] = []
@@ -213,6 +242,7 @@ class Adapters:
             for parameter in self.parameters(adapter).values():
                 parameter.requires_grad_(train)
         self._switch(active)
+        self.on_change()
 
     def config(self, name: str) -> LoraConfig:
         return self._peft.peft_config[name]

@@ -26,6 +26,7 @@ from rlhf_fast.kernels import linear_logprobs
 from .adapters import Adapters
 from .attention import Segments, generation_attention, use_packed_attention
 from .fingerprint import fingerprint
+from .fusion import Fusion, describe, fuse, unfuse
 from .heads import ScalarHead
 
 ROLE_FILE = "rlhf_fast.json"
@@ -55,9 +56,11 @@ class Policy(nn.Module):
         self.continued = False  # the policy started from a trained adapter, which is then the reference
         self.compute_dtype: torch.dtype | None = None  # of every pass, where it is not that of the weights
         self.attention = "auto"  # implementation of attention in every pass, see models.attention
-        self.adapters = Adapters(model)
+        self.fused = True
+        self.adapters = Adapters(model, on_change=self._fuse)
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
+        self._fuse()
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +133,23 @@ class Policy(nn.Module):
             # transformers 5.20 renamed it and warns about the old name
             enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+
+    # ---- fusion
+
+    def _fuse(self) -> None:
+        if self.fused:
+            fuse(self.model)
+
+    def unfuse(self) -> None:
+        """From now on run PEFT's and transformers' own code only."""
+        self.fused = False
+        for body in (self.model, *self.copies.values()):
+            unfuse(body)
+
+    @property
+    def fusion(self) -> Fusion:
+        """Which modules run our LoRA, MLP and RMSNorm under the adapter that is active now, and why others do not."""
+        return describe(self.model)
 
     # ---- passes
 

@@ -445,6 +445,10 @@ class Trainer:
             self.say(policy.loaded)
         check_implementation(a.attn_implementation, policy.device)
         policy.attention = a.attn_implementation
+        if not a.fused_layers:
+            policy.unfuse()
+        elif lora:
+            self.say(policy.fusion.summary)  # what is not fused was logged, with why
         if policy.continued and a.use_peft:
             c = policy.adapters.config(policy.role)
             self.say(

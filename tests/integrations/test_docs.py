@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INDEX = ROOT / "kernels" / "README.md"
 PAGES = [INDEX, *sorted((ROOT / "kernels").glob("*/README.md"))]
 BLOCK = re.compile(r"(<!-- needs (\w+) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOT_OPERATIONS = {"BACKENDS", "available", "backend_report", "implementation", "use_backend"}
+NOT_OPERATIONS = {"BACKENDS", "LoraWeights", "available", "backend_report", "implementation", "use_backend"}
 
 
 def blocks():

@@ -73,7 +73,20 @@ def calls(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, 
     def kl_shaped(*_):
         return kernels.kl_shaped_gae(scores, old, ref, values, mask, kl_coef=0.1, bootstrap=scores, **packed)
 
+    bases, bias = [random(4, 6), random(4, 6), random(6, 4)], random(4)
+
+    def linear(x, a, b):
+        first = kernels.LoraWeights(bases[0], a, b, 0.5, bias)
+        return kernels.lora_linear(x, first, kernels.LoraWeights(bases[1], a * 2, b * 2))
+
+    def mlp(x, a, b, norm):
+        up, down = kernels.LoraWeights(bases[1], a * 2, b * 2), kernels.LoraWeights(bases[2], b.T, a.T, 2.0)
+        return kernels.lora_mlp(kernels.rms_norm(x, norm), kernels.LoraWeights(bases[0], a, b, 0.5, bias), up, down)
+
     found = {
+        "lora_linear": (linear, random(3, 6), random(2, 6), random(4, 2)),
+        "lora_mlp": (mlp, random(3, 6), random(2, 6), random(4, 2), random(6)),
+        "rms_norm": (lambda x, w: kernels.rms_norm(x, w), random(2, 3, 6), random(6)),
         "token_logprobs": (lambda x: kernels.token_logprobs(x, labels, temperature=0.7, entropy=True), random(5, 11)),
         "linear_logprobs": (head, random(5, 3), random(11, 3)),
         "linear_cross_entropy": (lambda h, w: kernels.linear_cross_entropy(h, w, labels), random(5, 3), random(11, 3)),

@@ -77,6 +77,15 @@ def test_rows_are_read_16_bytes_at_a_time(measurements):
     assert not narrow
 
 
+def test_norms_and_activations_are_read_16_bytes_at_a_time(measurements):
+    """One vector or more of each input per thread; rows of odd width or of one entry have none."""
+    inputs = {"norm_forward": 1, "norm_backward": 2, "norm_weight": 2, "gated_forward": 2, "gated_backward": 3}
+    found = [m for m in measurements if m["kernel"].removesuffix("_kernel") in inputs and " o" not in m["case"]]
+    assert {m["kernel"].removesuffix("_kernel") for m in found} == set(inputs)
+    narrow = [m for m in found if m["wide_loads"] < inputs[m["kernel"].removesuffix("_kernel")]]
+    assert not narrow
+
+
 def test_registers_leave_room_for_several_blocks_per_processor(measurements):
     """Of 65,536 registers the aligned rows take at most a third, everything else at most half."""
     rows = aligned_rows(measurements)

@@ -157,6 +157,18 @@ def test_lora_settings_reach_the_adapter(sft):
     assert everywhere == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_fused_layers_are_said_once_and_can_be_turned_off(sft, run, capsys):
+    """The same losses either way."""
+    losses = {}
+    for on in (True, False):
+        made = sft(use_peft=True, fused_layers=on, max_steps=2, quiet=False)
+        said = capsys.readouterr().out
+        assert said.count("fused: 14 LoRA layers, 2 MLPs, 5 norms") == on
+        assert bool(made.policy.fusion.fused) is on
+        losses[on] = [s["loss"] for s in run(made).steps]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
 def test_too_long_rows_are_refused_then_cut_on_request(make_model, tokenizer, settings):
     """For each trainer with its own limit; prompts are left out instead of cut."""
     long = {"prompt": "0123456789", "completion": "abcdef", "chosen": "abcdef", "rejected": "ghijkl"}
