@@ -15,16 +15,16 @@ from bench.harness import BOTH
 
 # tests on the GPU's backends that each step must at least have, the device's own apart
 AT_LEAST = {
-    "tests that need a GPU": 90,
-    "tests of logprobs": 40,
-    "tests of linear_logprobs": 40,
-    "tests of advantages": 20,
-    "tests of policy": 80,
-    "tests of kl": 15,
-    "tests of preference": 20,
-    "tests of reward": 10,
-    "tests of the losses in Triton": 100,
-    "tests of drawn cases": 24,
+    "tests that need a GPU": 150,
+    "tests of logprobs": 80,
+    "tests of linear_logprobs": 300,
+    "tests of advantages": 40,
+    "tests of policy": 150,
+    "tests of kl": 35,
+    "tests of preference": 90,
+    "tests of reward": 12,
+    "tests of the losses in Triton": 190,
+    "tests of drawn cases": 40,
 }
 
 
