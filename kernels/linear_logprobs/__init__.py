@@ -13,6 +13,7 @@ hidden, through entropy too   a second vector (N, D)                            
 hidden and head               onehot - softmax (N, V), when it fits ``kept_bytes``     3
 hidden and head, otherwise    nothing: the logits are made again                       4
 a summed cross entropy        the gradients themselves, as g is known beforehand       3
+                              (in the call, what fits ``kept_bytes`` of the rows)
 ============================  =======================================================  =============
 """
 
@@ -210,7 +211,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def _times(grad: Tensor, x: Tensor) -> Tensor:
     """The scalar ``grad`` times ``x`` in x's dtype, not rounding ``grad`` to it: a loss scale of 2^16 is no float16."""
     out = torch.empty_like(x)
-    # by slabs, as the float32 product of a whole head is as large as the logits that were never made
+    if x.is_cuda:
+        # (1,) beside (V, D) is multiplied in float32 and rounded as it is written: one launch, no float32 copy
+        return torch.mul(grad.reshape(1), x, out=out)
+    # by slabs, as a CPU makes the float32 product of a whole head, as large as the logits that were never made
     for slab, target in zip(x.split(8192), out.split(8192)):
         target.copy_(grad.reshape(1) * slab)
     return out
