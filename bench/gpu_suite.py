@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 BUDGET = 530.0  # seconds in all
 SANITIZER = 60.0  # of them, kept for the last step
+PATIENCE = 4  # times as long for everything in a dry run: interpreted, and on a few slow cores
 LEAST = 12.0  # a benchmark that gets less is not started
 FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward")
 
@@ -82,13 +83,14 @@ class Suite:
 
     out: Path
     log: TextIO
+    budget: float = BUDGET
     began: float = field(default_factory=time.monotonic)
     verdicts: dict[str, str] = field(default_factory=dict)
     writing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def left(self) -> float:
-        return BUDGET - (time.monotonic() - self.began)
+        return self.budget - (time.monotonic() - self.began)
 
     def write(self, text: str) -> None:
         """Into the log, at once: whatever ends this run, what was printed until then is there."""
@@ -159,7 +161,7 @@ def main() -> int:
     if args.dry_run:
         os.environ |= {"TRITON_INTERPRET": "1", "RLHF_FAST_DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (out / "gpu-suite.log").open("w") as log:
-        suite = Suite(out, log)
+        suite = Suite(out, log, PATIENCE * BUDGET if args.dry_run else BUDGET)
         run_ops(suite, DRY if args.dry_run else FULL)
         ran = "dry run" if args.dry_run else "run"
         suite.say(f"{ran} of {time.monotonic() - suite.began:.0f} s; results in {out}")
@@ -285,7 +287,7 @@ def test_steps(dry: bool) -> list[Step]:
                 *selection.arguments(dry),
                 *(["-n", str(selection.workers)] if parallel and selection.workers else []),
             ],
-            150,
+            150 * (PATIENCE if dry else 1),
             dict(selection.environment),
             tail=8,
         )
@@ -327,7 +329,7 @@ def bench_steps(out: Path, sizes: Sizes, tests: dict[str, str]) -> list[Step]:
             f"bench of {', '.join(ops)}, {who}",
             python("-m", "bench.ops", *ops, *common, "--tests", tests[family], "--contenders", who)
             + ["--seconds", str(seconds), "--shapes", *shapes, *types],
-            limits[who == "all"],
+            limits[who == "all"] * (PATIENCE if dry else 1),
             tail=40,
         )
         for who, seconds in (("ours", sizes.seconds / 3), ("all", sizes.seconds))

@@ -127,7 +127,7 @@ def ours(function: Callable[..., Any], family: str, op: str, device: str, **opti
     probe = torch.zeros(1, 1, device=device if torch.cuda.is_available() else "cpu")
     able = [b for b in BACKENDS if all(available(family, b, name, probe) is None for name in names)] if names else []
     # Triton on CPU tensors is its interpreter: there to be dry-run
-    auto = [b for b in dispatch._order(device) if b in able]
+    auto = [b for b in dispatch.order_of((names or [op])[0], device) if b in able]
     able = auto[:1] + [b for b in able if b not in auto[:1]]
     names = [f"rlhf_fast ({b})" for b in able] or ["rlhf_fast"]
     backends = ["auto", *able[1:]]

@@ -60,7 +60,7 @@ def linear_logprobs(
         bias: (V,).
         temperature, softcap, ignore_index, entropy: as in :func:`token_logprobs`; ``entropy="detached"`` keeps a
             frozen head at two GEMMs.
-        logit_scale: factor of the logits, before the softcap (Cohere, Granite).
+        logit_scale: factor of the logits, before the softcap (Cohere, Granite), > 0.
         chunk_size: rows whose logits exist at a time; None chooses by device and shape.
     Returns:
         logprobs (...), or logprobs and entropy; float32 (float64 for float64), differentiable in hidden, weight, bias.
@@ -69,7 +69,7 @@ def linear_logprobs(
         IndexError: on the CPU, or anywhere with RLHF_FAST_DEBUG=1, a label is out of range. Otherwise its row is NaN.
         ValueError: shapes or dtypes differ, or an option is out of range.
     """
-    check_options(temperature, softcap, entropy)
+    check_options(temperature, softcap, entropy, logit_scale)
     hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)
     flat, rows = _labelled(labels, len(weight), ignore_index)
     x = _take(rows_of(hidden, labels.numel()), rows)
@@ -110,7 +110,7 @@ def linear_cross_entropy(
     Raises:
         IndexError, ValueError: as in :func:`linear_logprobs`; or the reduction is unknown.
     """
-    check_options(temperature, softcap, False)
+    check_options(temperature, softcap, False, logit_scale)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; known: mean, sum, none")
     hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)

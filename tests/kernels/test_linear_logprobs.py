@@ -684,6 +684,9 @@ def test_chunk_size_fills_the_processors():
         ({"bias": torch.zeros(4)}, "bias must be"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"temperature": -1.0}, "temperature"),
+        ({"logit_scale": 0.0}, "logit_scale must be positive, got 0.0"),
+        ({"logit_scale": -1.3}, "logit_scale must be positive, got -1.3"),
+        ({"logit_scale": math.nan}, "logit_scale must be positive, got nan"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
