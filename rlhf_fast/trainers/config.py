@@ -66,9 +66,7 @@ class TrainerConfig:
     lora_alpha: int = 32  # its output is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0  # on the adapter's input; SFT only, elsewhere two passes are compared and it must be 0
     lora_target_modules: str | list[str] = "all-linear"  # names of the layers that get an adapter
-    fused_layers: bool = (
-        True  # our LoRA, MLP and RMSNorm wherever they fit; false: PEFT's and transformers' own, to compare
-    )
+    fused_layers: bool = True  # our LoRA, MLP and RMSNorm where they fit; false: PEFT's and transformers' own
     logging_steps: int = 10  # optimizer steps between log lines
     eval_steps: int | None = None  # optimizer steps between evaluations; None evaluates at the end
     save_steps: int = 500  # optimizer steps between checkpoints
