@@ -29,6 +29,7 @@ INTRODUCTION = """# Benchmarks
 |---|---|
 | `python -m bench.ops [OP ...] [--device cpu\\|cuda]` | operations of `rlhf_fast.kernels` against their peers; the tables below |
 | `python -m bench.gpu_suite --part ops` | on a machine with a GPU, in nine minutes: build, GPU tests, operations, targets |
+| `python -m bench.shared_prefix` | an update step with a prompt computed once for all its responses ([results](results/shared-prefix-cpu.md)) |
 | `python -m bench.learning -o DIR` | whether each trainer learns what TRL's learns ([results](results/learning.md)) |
 | `python -m bench.real_data` | the same on text by people ([results](results/real_data.md)) |
 
