@@ -45,6 +45,20 @@ def pack_bins(lengths: Sequence[int], max_length: int, seed: int | None = None) 
     return [sorted(b) for b in bins]
 
 
+def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group items so that each group has at most ``max_tokens`` tokens, the largest group first.
+
+    Memory then peaks in the first group of a step rather than in its last. An item larger than ``max_tokens`` is alone.
+
+    Args:
+        sizes: tokens of each item.
+    Returns:
+        Indices into ``sizes``, each exactly once. The same call gives the same groups.
+    """
+    groups = pack_bins([min(n, max_tokens) for n in sizes], max_tokens)
+    return sorted(groups, key=lambda group: -sum(sizes[i] for i in group))
+
+
 class IndexSampler:
     """An endless sequence of indices below ``n``: one permutation after another, and a cursor that says how far it is read.
 

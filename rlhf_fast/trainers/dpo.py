@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Preference, TokenBatch
+from rlhf_fast.data.batch import Example, Preference, TokenBatch
 from rlhf_fast.data.prepare import prepare_preferences
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import dpo_loss, sequence_logprobs
@@ -78,6 +78,9 @@ class DPOTrainer(Trainer):
     def size(self, record: Preference) -> float:
         return sum(sum(e.response_mask) for e in record.responses)
 
+    def examples(self, record: Preference) -> list[Example]:
+        return record.responses
+
     def collect(self, records: list[Preference]) -> list[Preference]:
         """With the reference's log-probabilities. In the micro-batches that are trained: before the first step both
         models then agree to the last bit."""
@@ -85,13 +88,13 @@ class DPOTrainer(Trainer):
 
     @torch.no_grad()
     def _with_reference(self, records: list[Preference]) -> list[Preference]:
-        size, filled = self.args.per_device_train_batch_size, []
-        for start in range(0, len(records), size):
-            part = records[start : start + size]
-            batch = TokenBatch.pack([e for r in part for e in r.responses], self.policy.device)
+        filled = list(records)
+        for part in self.split(records):
+            batch = TokenBatch.pack([e for i in part for e in records[i].responses], self.policy.device)
             sums = self._sequence_logprobs(batch, self.policy.logprobs(batch, role="reference"))
             # copies: kept beside the data, they would be of the first epoch's micro-batches, and lost in a checkpoint
-            filled += [replace(r, ref_logprobs=pair) for r, pair in zip(part, sums.view(-1, 2).tolist())]
+            for i, pair in zip(part, sums.view(-1, 2).tolist()):
+                filled[i] = replace(records[i], ref_logprobs=pair)
         return filled
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:

@@ -16,7 +16,6 @@ from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import group_advantages, policy_loss
 from rlhf_fast.kernels.policy import LEVELS
-from rlhf_fast.rewards.experience import annotate
 
 from .config import RLConfig, one_of
 from .rl import RLTrainer
@@ -105,12 +104,13 @@ class GRPOTrainer(RLTrainer):
         advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
         for experience, advantage in zip(experiences, advantages.to(device)):
             experience.advantages = advantage.expand(len(experience.example))
-        size = a.per_device_train_batch_size
+        passes = {}
+        if a.num_iterations > 1:  # else the policy does not move between sampling and its only step
+            passes["old_logprobs"] = lambda b: self.logprobs(b, "policy")
+        if a.beta:
+            passes["ref_logprobs"] = lambda b: self.logprobs(b, "reference")
         with self.timed("logprobs"):
-            if a.num_iterations > 1:  # else the policy does not move between sampling and its only step
-                annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, device)
-            if a.beta:
-                annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
+            self.annotate(experiences, **passes)
         self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
         return experiences
 

@@ -20,7 +20,6 @@ from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss, white
 from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.models import attach
 from rlhf_fast.rewards import resolve_all
-from rlhf_fast.rewards.experience import annotate
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import Engine
 
@@ -109,18 +108,20 @@ class PPOTrainer(RLTrainer):
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample one response to every prompt, score it, and estimate the advantage of each of its tokens."""
-        a, device = self.args, self.policy.device
+        a = self.args
         experiences, metrics = self.respond(prompts, n=1)
         for experience in experiences:
             if math.isnan(experience.reward):  # nobody could score it: it teaches nothing
                 experience.reward, experience.example.response_mask = 0.0, [False] * len(experience.example)
             elif a.missing_eos_penalty is not None and not experience.finished:
                 experience.reward -= a.missing_eos_penalty
-        size = a.per_device_train_batch_size
         with self.timed("logprobs"):
-            annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, device)
-            annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, device)
-            annotate(experiences, "values", self.policy.values, size, device)
+            self.annotate(
+                experiences,
+                old_logprobs=lambda b: self.logprobs(b, "policy"),
+                ref_logprobs=lambda b: self.logprobs(b, "reference"),
+                values=self.policy.values,
+            )
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
         return experiences

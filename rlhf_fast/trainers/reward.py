@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Preference, TokenBatch
+from rlhf_fast.data.batch import Example, Preference, TokenBatch
 from rlhf_fast.data.prepare import prepare_preferences
 from rlhf_fast.kernels import pairwise_reward_loss, ranked_reward_loss
 
@@ -49,6 +49,9 @@ class RewardTrainer(Trainer):
 
     def size(self, record: Preference) -> float:
         return len(record)
+
+    def examples(self, record: Preference) -> list[Example]:
+        return record.responses
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         counts = torch.tensor([len(r.responses) for r in records])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Experience, Prompt, TokenBatch
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import evaluate_policy, resolve_all
-from rlhf_fast.rewards.experience import ScoredRollouts, restore_experience
+from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
 
 from .config import RLConfig
@@ -63,6 +64,9 @@ class RLTrainer(Trainer):
         self.say(report)
         return prompts
 
+    def examples(self, record: Experience) -> list[Example]:
+        return [record.example]
+
     def size(self, record: Experience) -> float:
         return sum(record.example.response_mask)
 
@@ -80,6 +84,10 @@ class RLTrainer(Trainer):
         )
         self.add_times(self.rollouts.seconds)
         return experiences, metrics
+
+    def annotate(self, experiences: list[Experience], **passes: Callable[[TokenBatch], Tensor]) -> None:
+        """Fill per-token entries by name, each with what its pass returns, in the micro-batches that fit in memory."""
+        annotate(self.micro_batches(experiences), passes, self.policy.device)
 
     def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
         """(N,) log-probabilities under ``role``, at the sampling temperature."""

@@ -2,8 +2,8 @@
 
 A *round* turns some rows of the data set into records to learn from (``collect``: for offline algorithms the rows
 themselves, for reinforcement learning sampled and scored responses). A *window* is what one optimizer step learns from.
-It is split into micro-batches of ``per_device_train_batch_size`` records whose losses are sums over one denominator, that
-of the whole window on all ranks: any split of the window gives the same gradient.
+It is split into micro-batches, by tokens or by records, whose losses are sums over one denominator, that of the whole
+window on all ranks: any split of the window gives the same gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
-from rlhf_fast.data.packing import IndexSampler
+from rlhf_fast.data.batch import Example
+from rlhf_fast.data.packing import IndexSampler, micro_batches
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy, disable_dropout, load
@@ -89,7 +90,8 @@ class Trainer:
                     "lora_dropout must be 0 here: ratios and margins compare two passes; only SFT has dropout"
                 )
             disable_dropout(self.policy)
-        if self.args.gradient_checkpointing:
+        self.micro_batch_tokens = self.args.micro_batch_tokens
+        if self.args.gradient_checkpointing is not False:
             self.policy.checkpoint_activations()
         self._preparing = "train"  # the name of the data set in reports
         self.train_records = self.prepare_data(_records(train_dataset, "train_dataset"))
@@ -163,6 +165,18 @@ class Trainer:
         """Response tokens in a record."""
         raise NotImplementedError
 
+    def examples(self, record: Any) -> list[Example]:
+        """The sequences of a record, as the model reads them."""
+        raise NotImplementedError
+
+    def tokens(self, records: list[Any]) -> int:
+        """Tokens that a micro-batch of ``records`` holds."""
+        return sum(len(e) for record in records for e in self.examples(record))
+
+    def bundles(self, records: list[Any]) -> list[list[int]]:
+        """Which of ``records`` are better off in one micro-batch, as indices; each exactly once."""
+        return [[i] for i in range(len(records))]
+
     def losses(self, records: list[Any], window: Window) -> Iterator[tuple[Tensor, dict[str, Tensor | float], float]]:
         """Yield (loss, metrics, weight of the metrics) for one micro-batch.
 
@@ -175,13 +189,13 @@ class Trainer:
         """Mean losses and metrics over ``eval_dataset``, names prefixed ``eval_``."""
         if self.eval_records is None:
             raise UserError("evaluate() needs an eval_dataset")
-        means, size = Means(), self.args.per_device_train_batch_size
+        means = Means()
         mine = self._share(list(self.eval_records))
         window = self._window(mine)  # all of the data is one: the mean loss does not depend on the batch size
         total = torch.zeros((), device=self.accelerator.device)
         with torch.no_grad(), self._eval_mode():
-            for start in range(0, len(mine), size):
-                for loss, metrics, weight in self.losses(self.collect(mine[start : start + size]), window):
+            for part in self.micro_batches(mine):
+                for loss, metrics, weight in self.losses(self.collect(part), window):
                     total += loss
                     means.add(metrics, weight)
         means.add({"loss": self.accelerator.reduce(total, "sum")}, 1.0)
@@ -297,12 +311,12 @@ class Trainer:
         """One step on the records at ``indices``; returns the response tokens seen on all ranks."""
         records = [self.records[i] for i in indices]
         window = self._window(records)
-        size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        starts = range(0, len(records), size)
-        for start in starts:
-            hold = start != starts[-1] and world > 1
+        parts, world = self.micro_batches(records), self.accelerator.num_processes
+        for number, part in enumerate(parts, start=1):
+            # ranks may differ in how many they have: gradients meet once, in the last one of each
+            hold = number < len(parts) and world > 1
             with self.accelerator.no_sync(self.model) if hold else contextlib.nullcontext():
-                for loss, metrics, weight in self.losses(records[start : start + size], window):
+                for loss, metrics, weight in self.losses(part, window):
                     # DDP averages over ranks; the denominator already counts them all
                     self.accelerator.backward(loss * world)
                     self.metrics.add(metrics, weight)
@@ -312,6 +326,30 @@ class Trainer:
         self.step += 1
         self.after_step()
         return window.tokens
+
+    def split(self, records: list[Any]) -> list[list[int]]:
+        """Which records meet the model together, as indices, the most tokens first; a function of ``records`` alone.
+
+        With ``micro_batch_tokens`` bundles are packed up to so many tokens, and one that is larger is cut into parts that
+        are not; a record larger than that is alone. Else ``per_device_train_batch_size`` records make a part.
+        """
+        budget = self.micro_batch_tokens
+        if budget is None:
+            size = self.args.per_device_train_batch_size
+            return [list(range(len(records)))[start : start + size] for start in range(0, len(records), size)]
+        parts: list[list[int]] = []
+        for bundle in self.bundles(records):
+            parts.append([])
+            for i in bundle:
+                if parts[-1] and self.tokens([records[j] for j in (*parts[-1], i)]) > budget:
+                    parts.append([])
+                parts[-1].append(i)
+        groups = micro_batches([self.tokens([records[i] for i in part]) for part in parts], budget)
+        return [[i for part in group for i in parts[part]] for group in groups]
+
+    def micro_batches(self, records: list[Any]) -> list[list[Any]]:
+        """``records`` in the parts of :meth:`split`."""
+        return [[records[i] for i in part] for part in self.split(records)]
 
     def _apply(self, norm: Tensor) -> None:
         """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
