@@ -24,6 +24,7 @@ from rlhf_fast.kernels import linear_logprobs
 
 from .adapters import Adapters
 from .attention import Segments, generation_attention, use_packed_attention
+from .checkpointing import HostInputs, checkpoint_layers
 from .heads import ScalarHead
 
 ROLE_FILE = "rlhf_fast.json"
@@ -50,6 +51,7 @@ class Policy(nn.Module):
         self.role = role
         self.continued = False  # the policy started from a trained adapter, which is then the reference
         self.compute_dtype: torch.dtype | None = None  # of every pass, where it is not that of the weights
+        self.host_inputs: HostInputs | None = None  # where checkpointed layers keep their inputs, if not on the device
         self.adapters = Adapters(model)
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -119,12 +121,11 @@ class Policy(nn.Module):
             self.adapters.use(role if role in self.adapters.names else None)
         return self.model
 
-    def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+    def checkpoint_activations(self, offload: bool = False) -> None:
+        """Recompute activations in the backward pass instead of keeping them; ``offload`` what is kept to the host."""
+        self.host_inputs = HostInputs() if offload else None
         for body in (self.model, *self.copies.values()):
-            # transformers 5.20 renamed it and warns about the old name
-            enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_layers(body, self.host_inputs)
 
     # ---- passes
 

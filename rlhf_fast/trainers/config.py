@@ -53,8 +53,12 @@ class TrainerConfig:
     per_device_train_batch_size: int = 8  # records per micro-batch, where micro_batch_tokens does not say otherwise
     gradient_accumulation_steps: int = 1  # times per_device_train_batch_size: the records of an optimizer step
     micro_batch_tokens: int | None = None  # fill micro-batches up to so many tokens; None: by the memory plan on a GPU
-    gradient_checkpointing: bool | None = None  # recompute activations in the backward pass; None: unless memory allows not to
-    offload_activations: bool | None = None  # keep checkpointed activations in host memory; None: where memory asks for it
+    gradient_checkpointing: bool | None = (
+        None  # recompute activations in the backward pass; None: unless memory allows not to
+    )
+    offload_activations: bool | None = (
+        None  # keep checkpointed activations in host memory; None: where memory asks for it
+    )
     memory_check: bool | None = None  # try the largest micro-batch before the first step; None: on a GPU
     dtype: str = "auto"  # of the base weights: auto, float32, bfloat16
     use_peft: bool = False  # train a LoRA adapter instead of all weights
@@ -78,7 +82,9 @@ class TrainerConfig:
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise UserError(f"micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or unset")
         if self.offload_activations and self.gradient_checkpointing is False:
-            raise UserError("offload_activations moves what gradient_checkpointing keeps; leave gradient_checkpointing on")
+            raise UserError(
+                "offload_activations moves what gradient_checkpointing keeps; leave gradient_checkpointing on"
+            )
         if self.eval_steps is not None and self.eval_steps < 1:
             raise UserError(f"eval_steps is {self.eval_steps}; it must be at least 1, or unset for one at the end")
         if not 0 <= self.warmup_ratio <= 1:
