@@ -49,11 +49,12 @@ class HostInputs:
 
     def checkpoint(self, function: Callable, *args: Any, **options: Any) -> Any:
         """``torch.utils.checkpoint.checkpoint``, its first argument, a layer's hidden states, kept on the host."""
-        hidden = args[0]
+        # where the input lies rather than the input itself: the hooks live as long as the graph
+        place = (args[0].data_ptr(), args[0].shape)
 
         # a non-reentrant checkpoint saves its own arguments only: what the function saves goes to checkpoint's own hooks
         def pack(x: Tensor) -> Any:
-            return self.put(x) if (x.data_ptr(), x.shape) == (hidden.data_ptr(), hidden.shape) else x
+            return self.put(x) if (x.data_ptr(), x.shape) == place else x
 
         def unpack(kept: Any) -> Tensor:
             return kept if isinstance(kept, Tensor) else self.get(kept)

@@ -55,6 +55,7 @@ class DPOTrainer(Trainer):
     """Learn from pairs without a reward model: raise the chosen response's odds against the reference's."""
 
     config_class = DPOConfig
+    method = "dpo"
     headline = ("loss", "rewards/accuracies", "rewards/margins")
     learning_rates = (1e-6, 5e-6)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class GRPOTrainer(RLTrainer):
     """Reinforcement learning from reward functions, with the group's mean as baseline."""
 
     config_class = GRPOConfig
+    method = "grpo"
     headline = ("reward", "kl")
     learning_rates = (1e-6, 1e-5)
 
@@ -94,6 +96,14 @@ class GRPOTrainer(RLTrainer):
 
     def size(self, record: Experience) -> float:
         return 0 if self._ignored(record) else super().size(record)
+
+    def sizes(self) -> dict[str, Any]:
+        return super().sizes() | {"num_generations": self.args.num_generations}
+
+    @property
+    def entries(self) -> list[str]:
+        a = self.args
+        return ["advantages", *["old_logprobs"] * (a.num_iterations > 1), *["ref_logprobs"] * bool(a.beta)]
 
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:

@@ -64,6 +64,8 @@ class PPOTrainer(RLTrainer):
     """PPO with a KL-penalised reward, a critic on the policy's base, and clipped policy and value losses."""
 
     config_class = PPOConfig
+    method = "ppo"
+    entries = ("old_logprobs", "advantages", "values", "returns")
     headline = ("objective/scores", "objective/kl")
     learning_rates = (3e-6, 3e-5)
 

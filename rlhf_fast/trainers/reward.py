@@ -31,6 +31,7 @@ class RewardTrainer(Trainer):
     """
 
     config_class = RewardConfig
+    method = "reward"
     headline = ("accuracy", "margin")
     role = "reward"
     learning_rates = (1e-5, 1e-4)

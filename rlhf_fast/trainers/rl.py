@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
+from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
 
 from .config import RLConfig
@@ -36,7 +37,9 @@ class RLTrainer(Trainer):
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
         super().__init__(model, args, **kwargs)
-        self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
+        self.engine = engine or GenerateEngine(
+            self.policy, max_batch_size=self.rollout_batch_size or args.rollout_batch_size
+        )
         check_for_rl(self.engine, temperature=args.temperature)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
         self.rollouts.check(self.train_records)
@@ -66,6 +69,44 @@ class RLTrainer(Trainer):
 
     def examples(self, record: Experience) -> list[Example]:
         return [record.example]
+
+    def models(self) -> list[nn.Module]:
+        judges = [f.policy for f in self.functions if isinstance(f, RewardModel)]
+        return [self.policy, *(judge for judge in judges if judge is not self.policy)]
+
+    def sizes(self) -> dict[str, Any]:
+        """As if every response were as long as it may be."""
+        a = self.args
+        prompt = max(len(p.input_ids) for p in self.train_records)
+        length = prompt + a.max_completion_length
+        return {
+            "length": length,
+            "prompt_length": prompt,
+            "record_tokens": length,
+            "micro_batch_tokens": self.micro_batch_tokens or length * a.per_device_train_batch_size,
+            "window_tokens": length * a.per_device_train_batch_size * a.gradient_accumulation_steps,
+            "rollout_batch_size": a.rollout_batch_size,
+            "reference": "reference" in self.policy.adapters.names or "reference" in self.policy.copies,
+        }
+
+    def largest(self) -> list[Experience]:
+        """The longest prompt with responses of full length; nothing is sampled."""
+        a, prompt = self.args, max((p.input_ids for p in self.train_records), key=len)
+        new = a.max_completion_length
+        example = Example([*prompt, *prompt[-1:] * new], [False] * len(prompt) + [True] * new)
+        count = a.per_device_train_batch_size
+        if self.micro_batch_tokens is not None:
+            count = min(max(self.micro_batch_tokens // len(example), 1), count * a.gradient_accumulation_steps)
+        record = Experience(example, reward=0.0)
+        entries = torch.zeros(len(self.entries), len(example), device=self.policy.device)
+        for name, values in zip(self.entries, entries):
+            setattr(record, name, values)
+        return [record] * count
+
+    @property
+    def entries(self) -> list[str]:
+        """The per-token entries of a record that ``losses`` reads."""
+        raise NotImplementedError
 
     def size(self, record: Experience) -> float:
         return sum(record.example.response_mask)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 from rlhf_fast.data.batch import Example
@@ -34,10 +34,12 @@ from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from rlhf_fast.run.config import save_config
 from rlhf_fast.run.means import Means
+from rlhf_fast.run.memory import Plan
 from rlhf_fast.run.metrics import MetricsLog
 from rlhf_fast.run.signals import StopSignals
 
 from .config import TrainerConfig
+from .memory import compare, device_bytes, plan_of, rehearse
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 3
@@ -64,6 +66,7 @@ class Trainer:
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
+    method: ClassVar[str] = "sft"  # as the memory plan calls it
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     role: ClassVar[str] = "policy"
     learning_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)  # full fine-tuning, LoRA
@@ -90,13 +93,15 @@ class Trainer:
                     "lora_dropout must be 0 here: ratios and margins compare two passes; only SFT has dropout"
                 )
             disable_dropout(self.policy)
-        self.micro_batch_tokens = self.args.micro_batch_tokens
-        if self.args.gradient_checkpointing is not False:
-            self.policy.checkpoint_activations()
         self._preparing = "train"  # the name of the data set in reports
         self.train_records = self.prepare_data(_records(train_dataset, "train_dataset"))
         self._preparing = "eval"
         self.eval_records = None if eval_dataset is None else self.prepare_data(_records(eval_dataset, "eval_dataset"))
+        self.micro_batch_tokens = self.args.micro_batch_tokens  # as the memory plan settles it
+        self.rollout_batch_size: int | None = (
+            None  # most sequences sampled at once, where the plan allows fewer than asked
+        )
+        self.memory_plan = self._settle_memory()
         self._build_optimizer()
         self.step = 0
         self.sampler = IndexSampler(len(self.train_records), self.args.seed)
@@ -201,6 +206,36 @@ class Trainer:
         means.add({"loss": self.accelerator.reduce(total, "sum")}, 1.0)
         return {f"eval_{name}": value for name, value in means.read().items()}
 
+    def models(self) -> list[nn.Module]:
+        """Every model that the run holds in memory."""
+        return [self.policy]
+
+    def sizes(self) -> dict[str, Any]:
+        """The run's sizes for the memory plan: tokens of the longest sequence, of the largest record, micro-batch, window."""
+        a, records = self.args, self.train_records
+        tokens = sorted((self.tokens([r]) for r in records), reverse=True)
+        return {
+            "length": max(len(e) for r in records for e in self.examples(r)),
+            "record_tokens": tokens[0],
+            "micro_batch_tokens": self.micro_batch_tokens or sum(tokens[: a.per_device_train_batch_size]),
+            "window_tokens": sum(tokens[: a.per_device_train_batch_size * a.gradient_accumulation_steps]),
+        }
+
+    def largest(self) -> list[Any]:
+        """The records of the largest micro-batch that can come, ready for ``losses``."""
+        records = sorted(self.train_records, key=lambda r: -self.tokens([r]))
+        a, budget = self.args, self.micro_batch_tokens
+        if budget is None:
+            return self.collect(records[: a.per_device_train_batch_size])
+        chosen, left = records[:1], budget - self.tokens(records[:1])
+        for record in records[1:]:
+            if len(chosen) == a.per_device_train_batch_size * a.gradient_accumulation_steps:
+                break
+            if (tokens := self.tokens([record])) <= left:
+                chosen.append(record)
+                left -= tokens
+        return self.collect(chosen)
+
     def after_step(self) -> None:
         """Called after every optimizer step."""
 
@@ -229,6 +264,7 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
             save_config(self.args, out / "config.yaml")
         self.policy.train()
+        self._check_memory()
         log = MetricsLog(
             out,
             list(self.headline),
@@ -265,6 +301,8 @@ class Trainer:
                     log.print(f"{stop.name or 'stopped'}: saved at step {self.step}; continue with --resume")
                     break
                 log.tick(self.step)
+        if self.memory_plan is not None:
+            self.say(compare(self.memory_plan, torch.cuda.max_memory_allocated()))
         self.save_model(out)
         return final
 
@@ -370,6 +408,10 @@ class Trainer:
         self.metrics.add({"loss": losses, "grad_norm": norm}, 1.0)
         self._loss = 0.0
 
+    def own_window(self, records: list[Any]) -> Window:
+        """The window of ``records`` alone, whatever other ranks have."""
+        return Window(len(records), sum(map(self.size, records)) or 1.0)
+
     def _window(self, records: list[Any]) -> Window:
         counts = torch.tensor([len(records), sum(map(self.size, records))], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
@@ -399,6 +441,8 @@ class Trainer:
         self.times.clear()
         if torch.cuda.is_available():
             figures["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            if self.memory_plan is not None:
+                figures["memory/planned_gb"] = self.memory_plan.tensors / 1e9
         log.log(self.step, figures)
         return figures
 
@@ -441,6 +485,36 @@ class Trainer:
             yield
         finally:
             self.policy.train()
+
+    # ---- memory
+
+    def _settle_memory(self) -> Plan | None:
+        """Switch checkpointing and offload on as the config says; on a GPU the plan answers what it leaves open."""
+        a, made = self.args, None
+        checkpointing, offload = a.gradient_checkpointing is not False, bool(a.offload_activations)
+        if self.accelerator.device.type == "cuda":
+            try:
+                made = plan_of(self, device_bytes(self.accelerator.device), settle=True)
+            except UserError as error:
+                self.say(f"no memory plan: {error}")
+            else:
+                checkpointing, offload = made.job.checkpointing, made.job.offload
+                self.micro_batch_tokens = made.job.tokens
+                self.rollout_batch_size = made.job.rollout_batch_size if made.job.samples else None
+                self.say("\n".join([made.line(), *(f"it does not fit; try {change}" for change in made.changes)]))
+        if checkpointing:
+            self.policy.checkpoint_activations(offload=offload)
+        return made
+
+    def _check_memory(self) -> None:
+        """Try the largest micro-batch; from here on the peak is that of training."""
+        cuda = self.accelerator.device.type == "cuda"
+        if self.args.memory_check if self.args.memory_check is not None else cuda:
+            began = time.perf_counter()
+            tokens = rehearse(self)
+            self.say(f"memory: the largest micro-batch, {tokens:,} tokens, fits ({time.perf_counter() - began:.1f} s)")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
 
     # ---- construction
 
