@@ -44,7 +44,7 @@ RESERVED = {
     "verl": ("integrations/verl.py",),
 }
 # what every trainer is built on, and the one that continues another
-SHARED_TRAINER_FILES = ("rlhf_fast.trainers.trainer", "rlhf_fast.trainers.config", "rlhf_fast.trainers.rl")
+SHARED_TRAINER_FILES = tuple(f"rlhf_fast.trainers.{name}" for name in ("trainer", "config", "rl", "memory"))
 CONTINUES = {"safe_ppo": "ppo"}
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,37 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; an 8-bit constant per 64 of
 _8BIT = 2 * (1 + 4 / 256)  # two moments, each with a float32 constant per 256 numbers
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": _8BIT, "paged_adamw_8bit": _8BIT}
 SEQUENCES = (32, 8)  # sampled at a time: what a plan wants, and what it takes; fewer leave a GPU idle
+
+
+# GiB that torch reports, less than on the box: error correction and the driver take their part
+GPUS = {
+    "rtx3090": 23.6,
+    "rtx4090": 23.5,
+    "a100-40": 39.4,
+    "l40s": 44.4,
+    "a6000": 47.4,
+    "a100": 79.1,
+    "h100": 79.1,
+    "h200": 139.8,
+}
+
+
+def gpu_bytes(name: str) -> int:
+    """Bytes of a GPU by name, or of a size: ``24`` is 24 * 10^9, what a 24 GB card surely has.
+
+    Raises:
+        UserError: neither.
+    """
+    word = name.lower().removesuffix("gb").strip()
+    if word in GPUS:
+        return int(GPUS[word] * 2**30)
+    try:
+        size = float(word)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise UserError(f"--gpu {name}: give a size in GB, as 24, or one of {', '.join(GPUS)}")
+    return int(size * GB)
 
 
 # ---------------------------------------------------------------------------------------------------------------- shapes
@@ -337,6 +368,8 @@ def saved_per_token(job: Job) -> dict[str, float]:
     s, w = job.shape, job.width
     d, i, q, kv = s.hidden, s.intermediate, s.q_width, s.kv_width
     attention = {"queries, keys, values, output": w * (2 * q + 2 * kv), "row statistics": 4 * s.heads + 8}
+    if job.device == "cpu" and w == 4:
+        attention["output in packed order"] = w * q  # our attention on a CPU works in padded tables
     gates = 2 if s.traits.gated else 1
     if job.full:
         # norms keep x and its normalised form, linears the input they cast
@@ -362,42 +395,57 @@ def passes(job: Job) -> list[Part]:
     """What the largest micro-batch needs between the start of its forward and the end of its backward pass."""
     s, n, w = job.shape, job.tokens, job.width
     saved, row = sum(saved_per_token(job).values()), n * s.hidden * job.stream_width
-    parts = [Part("token ids, positions, masks, tables", 64 * n, "update")]
+    parts = [Part("ids, positions, masks", 64 * n, "update")]
     if job.full and w == 2:
         parts.append(Part("bfloat16 copies of the weights", 2 * sum(s.parameters().values()), "update"))
     if not job.checkpointing:
-        parts.append(Part("activations of all layers", s.layers * (row + n * saved), "inputs"))
+        # PEFT's path keeps a float32 copy of a 16-bit input instead of the input
+        kept = 0 if job.kernels == "peft" and w == 2 and not job.full else row
+        parts.append(Part("activations of all layers", s.layers * (kept + n * saved), "inputs"))
         live = 0.0
     else:
         # offloaded: one in use, one on its way, one leaving
         inputs = 3 if job.offload else s.layers
         parts.append(Part("inputs of the layers" + (", in flight" if job.offload else ""), inputs * row, "inputs"))
         live = n * saved
-    # the gradient of the layer's output; that of the MLP's product from the weight and from the adapter, which PEFT
-    # computes in float32, before they are added; what the fused MLP recomputes too
-    flight = 2 * row + n * s.intermediate * (2 * w if job.full else 3 * w if job.kernels == "fused" else w + 4)
+    # the gradient of the layer's output, and of the MLP's inner ones as many as exist before the first is consumed
+    flight = 2 * row + n * s.intermediate * _inner_gradients(job)
     parts += [
-        Part("activations of the layer that is recomputed", live, "layer"),
-        Part("gradients on their way through a layer", flight, "layer"),
-        Part("attention backward workspace", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
+        Part("recomputed activations of a layer", live, "layer"),
+        Part("gradients inside a layer", flight, "layer"),
+        Part("attention backward", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
     ]
     return [p for p in [*parts, *_head(job)] if p.bytes]
+
+
+def _inner_gradients(job: Job) -> int:
+    """Bytes per token and unit of the MLP's inner width, at the moment when the gradient of its product is complete."""
+    if job.full:
+        return 2 * job.width  # through the weight, and that of one factor
+    if job.kernels == "fused":
+        return 3 * job.width  # the product again, gradients of gate and up
+    return (
+        2 * 4 if job.width == 4 else 4 + 3 * 2
+    )  # PEFT: through the adapter in float32, cast; through the weight; their sum
 
 
 def _head(job: Job) -> Iterator[Part]:
     """The final norm and the loss; at worst every token of the micro-batch is a response token."""
     s, n, w = job.shape, job.tokens, job.width
-    yield Part(
-        "final hidden states and their norm", n * s.hidden * (2 * job.stream_width + (4 if w == 2 else 0)), "head"
-    )
+    yield Part("final hidden states, norm", n * s.hidden * (2 * job.stream_width + (4 if w == 2 else 0)), "head")
     if job.method == "reward":
         return
-    yield Part("rows of the response tokens and their gradient", 2 * n * s.hidden * w, "head")
+    yield Part("response rows, gradient", 2 * n * s.hidden * w, "head")
     rows = head_rows(n, s.vocab, job.device)
-    if job.device == "cpu":
-        yield Part(f"logits of {rows} tokens", rows * (4 * s.vocab + 4 * s.hidden), "head")
-    else:
-        yield Part(f"logits of {rows:,} tokens and their gradient", rows * ((4 + 2) * s.vocab + 4 * s.hidden), "head")
+    cuda = job.device != "cpu"
+    logits = Part(
+        f"logits of {rows:,} tokens" + (", gradient" if cuda else ""),
+        rows * ((4 + 2 * cuda) * s.vocab + 4 * s.hidden),
+        "head",
+    )
+    # at log steps SFT counts greedy hits: a pass without gradients while the graph is alive, logits 1024 rows at a time
+    hits = n * w * (3 * s.intermediate + 2 * s.hidden) + min(n, 1024) * s.vocab * w
+    yield Part("pass that counts greedy hits", hits, "head") if job.method == "sft" and hits > logits.bytes else logits
     if job.full:
         kept = 2 * n * s.vocab  # kept when small, made again otherwise; and the float32 gradient of the head
         yield Part("gradient of the head", 4 * s.vocab * s.hidden + min(kept, GB), "head")
@@ -419,7 +467,7 @@ def rollout(job: Job, sequences: int) -> list[Part]:
     return [
         Part(f"keys and values of {sequences} sequences", sequences * job.length * kv_per_token(job), "rollout"),
         Part(
-            "prompts on their way through a layer",
+            "prompts in a layer",
             prompts * prompt * w * (3 * s.intermediate + 4 * s.hidden),
             "rollout",
         ),
@@ -523,7 +571,7 @@ def plan(
 FREE = ("base", "checkpointing", "offload", "micro_batch_tokens")
 
 
-def attempts(job: Job, free: Sequence[str] = FREE) -> list[Job]:
+def attempts(job: Job, free: Collection[str] = FREE) -> list[Job]:
     """``job`` with the settings in ``free`` varied, the fastest first; a setting that is not in ``free`` stays as it is."""
     big, small = (32768, 16384, 8192), (4096, 2048, 1024, 0)
     rows = [("bf16", False, False, n) for n in big[1:]]
@@ -555,34 +603,34 @@ def choose(job: Job, available: int, weights: Sequence[Part] | None = None, free
             return made
         if thriftiest is None or made.needed < thriftiest.needed:
             thriftiest = made
-    return replace(thriftiest, rank=len(wanted) * len(options), changes=tuple(_changes(job, available)))
+    return replace(thriftiest, rank=len(wanted) * len(options), changes=tuple(_changes(job, available, free or FREE)))
 
 
-def _changes(job: Job, available: int) -> Iterator[str]:
+def _changes(job: Job, available: int, free: Sequence[str]) -> Iterator[str]:
     """What to change about a job that does not fit, each line tried."""
 
     def best(**values: Any) -> Plan:
-        options = [plan(o, available) for o in attempts(replace(job, **values), FREE[1:])]
+        options = [plan(o, available) for o in attempts(replace(job, **values), {*free, *FREE[1:]})]
         return min(options, key=lambda made: made.needed)
 
     if (made := best()).fits:
         yield "leave open what --help says is None by default: " + ", ".join(
             f"{k} {_word(v)}" for k, v in made.settings.items()
         )
-    nf4 = [plan(option, available) for option in attempts(replace(job, full=False, base="nf4"), FREE[1:])]
-    if job.base != "nf4" and any(option.fits for option in nf4):
-        yield "--load_in_4bit" + (" --use_peft" if job.full else "") + ": the base in 4 bit"
+    lora = "use_peft: true, " if job.full else ""
     if job.full and best(full=False, base="bf16").fits:
-        yield "--use_peft: an adapter on frozen weights instead of training them all"
+        yield lora + "an adapter on frozen weights instead of training them all"
+    elif job.base != "nf4" and "base" not in free and best(full=False, base="nf4").fits:
+        yield lora + "load_in_4bit: true, the frozen base in 4 bit"
     if job.optimizer == "adamw" and best(optimizer="adamw_8bit").fits:
-        yield "--optim adamw_8bit: two bytes of optimizer state a weight instead of eight"
+        yield "optim: adamw_8bit, two bytes of optimizer state a weight instead of eight"
     if job.kernels != "fused" and best(kernels="fused").fits:
-        yield "--kernels fused: activations without PEFT's copies"
+        yield "fused kernels: activations without PEFT's copies"
     length = job.length
     while length > 256:
         length //= 2
         if best(length=length, prompt_length=None).fits:
-            yield f"--length {length}: sequences of at most {length:,} tokens fit"
+            yield f"sequences of at most {length:,} tokens"
             break
     size = next((size for size in (24, 48, 80, 141) if min_needed(job, size * GB) <= size * GB), None)
     yield f"a GPU of {size} GB" if size else "a smaller model: no GPU of up to 141 GB holds this one"

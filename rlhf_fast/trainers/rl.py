@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,18 +90,19 @@ class RLTrainer(Trainer):
         }
 
     def largest(self) -> list[Experience]:
-        """The longest prompt with responses of full length; nothing is sampled."""
-        a, prompt = self.args, max((p.input_ids for p in self.train_records), key=len)
-        new = a.max_completion_length
+        """The longest prompt with responses of full length, the last one cut to fill the budget; nothing is sampled."""
+        sizes, prompt = self.sizes(), max((p.input_ids for p in self.train_records), key=len)
+        tokens = max(min(sizes["micro_batch_tokens"], sizes["window_tokens"]), sizes["length"])
+        whole, rest = divmod(tokens, sizes["length"])
+        lengths = [sizes["length"]] * whole + [rest] * (rest > len(prompt))
+        return [self._blank(prompt, length) for length in lengths]
+
+    def _blank(self, prompt: Sequence[int], length: int) -> Experience:
+        """A record of ``length`` tokens that teaches nothing."""
+        new = length - len(prompt)
         example = Example([*prompt, *prompt[-1:] * new], [False] * len(prompt) + [True] * new)
-        count = a.per_device_train_batch_size
-        if self.micro_batch_tokens is not None:
-            count = min(max(self.micro_batch_tokens // len(example), 1), count * a.gradient_accumulation_steps)
-        record = Experience(example, reward=0.0)
-        entries = torch.zeros(len(self.entries), len(example), device=self.policy.device)
-        for name, values in zip(self.entries, entries):
-            setattr(record, name, values)
-        return [record] * count
+        entries = {name: torch.zeros(length, device=self.policy.device) for name in self.entries}
+        return Experience(example, reward=0.0, **entries)
 
     @property
     def entries(self) -> list[str]:

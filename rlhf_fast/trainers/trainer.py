@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from rlhf_fast.data.batch import Example
-from rlhf_fast.data.packing import IndexSampler, micro_batches
+from rlhf_fast.data.packing import IndexSampler, fullest, micro_batches
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy, disable_dropout, load
@@ -212,7 +212,7 @@ class Trainer:
 
     def sizes(self) -> dict[str, Any]:
         """The run's sizes for the memory plan: tokens of the longest sequence, of the largest record, micro-batch, window."""
-        a, records = self.args, self.train_records
+        a, records = self.args, self._candidates()
         tokens = sorted((self.tokens([r]) for r in records), reverse=True)
         return {
             "length": max(len(e) for r in records for e in self.examples(r)),
@@ -223,18 +223,18 @@ class Trainer:
 
     def largest(self) -> list[Any]:
         """The records of the largest micro-batch that can come, ready for ``losses``."""
-        records = sorted(self.train_records, key=lambda r: -self.tokens([r]))
-        a, budget = self.args, self.micro_batch_tokens
-        if budget is None:
-            return self.collect(records[: a.per_device_train_batch_size])
-        chosen, left = records[:1], budget - self.tokens(records[:1])
-        for record in records[1:]:
-            if len(chosen) == a.per_device_train_batch_size * a.gradient_accumulation_steps:
-                break
-            if (tokens := self.tokens([record])) <= left:
-                chosen.append(record)
-                left -= tokens
-        return self.collect(chosen)
+        records = self._candidates()
+        sizes = [self.tokens([r]) for r in records]
+        if self.micro_batch_tokens is None:
+            order = sorted(range(len(records)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
+        else:
+            order = fullest(sizes, min(self.micro_batch_tokens, self.sizes()["window_tokens"]))
+        return self.collect([records[i] for i in order])
+
+    def _candidates(self) -> list[Any]:
+        """What a window may hold: the records, several times where a window is longer than an epoch."""
+        window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return list(self.train_records) * -(-window // len(self.train_records))
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
