@@ -592,9 +592,9 @@ def attempts(job: Job, free: Collection[str] = FREE) -> list[Job]:
     return list(jobs)
 
 
-def choose(job: Job, available: int, weights: Sequence[Part] | None = None, free: Sequence[str] | None = None) -> Plan:
+def choose(job: Job, available: int, weights: Sequence[Part] | None = None, free: Collection[str] = FREE) -> Plan:
     """The first of :func:`attempts` that fits into ``available`` bytes; the thriftiest one, with advice, if none does."""
-    options = attempts(job) if free is None else attempts(job, free)
+    options = attempts(job, free)
     wanted = SEQUENCES if job.samples else SEQUENCES[-1:]
     thriftiest = None
     for rank, (sequences, option) in enumerate(itertools.product(wanted, options)):
@@ -603,20 +603,19 @@ def choose(job: Job, available: int, weights: Sequence[Part] | None = None, free
             return made
         if thriftiest is None or made.needed < thriftiest.needed:
             thriftiest = made
-    return replace(thriftiest, rank=len(wanted) * len(options), changes=tuple(_changes(job, available, free or FREE)))
+    return replace(thriftiest, rank=len(wanted) * len(options), changes=tuple(_changes(job, available, free)))
 
 
-def _changes(job: Job, available: int, free: Sequence[str]) -> Iterator[str]:
+def _changes(job: Job, available: int, free: Collection[str]) -> Iterator[str]:
     """What to change about a job that does not fit, each line tried."""
 
-    def best(**values: Any) -> Plan:
-        options = [plan(o, available) for o in attempts(replace(job, **values), {*free, *FREE[1:]})]
+    def best(opened: Collection[str] = FREE[1:], size: int = available, **values: Any) -> Plan:
+        options = [plan(o, size) for o in attempts(replace(job, **values), {*free, *opened})]
         return min(options, key=lambda made: made.needed)
 
     if (made := best()).fits:
-        yield "leave open what --help says is None by default: " + ", ".join(
-            f"{k} {_word(v)}" for k, v in made.settings.items()
-        )
+        yield "leave it to the plan: " + ", ".join(f"{k}: {_word(v)}" for k, v in made.settings.items())
+        return
     lora = "use_peft: true, " if job.full else ""
     if job.full and best(full=False, base="bf16").fits:
         yield lora + "an adapter on frozen weights instead of training them all"
@@ -632,13 +631,8 @@ def _changes(job: Job, available: int, free: Sequence[str]) -> Iterator[str]:
         if best(length=length, prompt_length=None).fits:
             yield f"sequences of at most {length:,} tokens"
             break
-    size = next((size for size in (24, 48, 80, 141) if min_needed(job, size * GB) <= size * GB), None)
+    size = next((size for size in (24, 48, 80, 141) if best(size=size * GB).fits), None)
     yield f"a GPU of {size} GB" if size else "a smaller model: no GPU of up to 141 GB holds this one"
-
-
-def min_needed(job: Job, available: int) -> float:
-    """Bytes that ``job`` takes with the thriftiest settings."""
-    return min(plan(option, available).needed for option in attempts(job))
 
 
 def as_dict(made: Plan) -> dict[str, Any]:

@@ -50,16 +50,12 @@ class TrainerConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 leaves them as they are
     num_train_epochs: int = 1  # passes over the data set
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
-    per_device_train_batch_size: int = 8  # records per micro-batch, where micro_batch_tokens does not say otherwise
-    gradient_accumulation_steps: int = 1  # times per_device_train_batch_size: the records of an optimizer step
-    micro_batch_tokens: int | None = None  # fill micro-batches up to so many tokens; None: by the memory plan on a GPU
-    gradient_checkpointing: bool | None = (
-        None  # recompute activations in the backward pass; None: unless memory allows not to
-    )
-    offload_activations: bool | None = (
-        None  # keep checkpointed activations in host memory; None: where memory asks for it
-    )
-    memory_check: bool | None = None  # try the largest micro-batch before the first step; None: on a GPU
+    per_device_train_batch_size: int = 8  # records per micro-batch, unless micro_batch_tokens fills micro-batches
+    gradient_accumulation_steps: int = 1  # an optimizer step has per_device_train_batch_size times as many records
+    micro_batch_tokens: int | None = None  # fill micro-batches up to so many tokens; none: as the plan says, on a GPU
+    gradient_checkpointing: bool | None = None  # recompute activations: less memory; none: true, or as the plan says
+    offload_activations: bool | None = None  # checkpointed ones wait in host memory; none: false, or as the plan says
+    memory_check: bool | None = None  # try the largest micro-batch before the first step; none: on a GPU
     dtype: str = "auto"  # of the base weights: auto, float32, bfloat16
     use_peft: bool = False  # train a LoRA adapter instead of all weights
     lora_r: int = 16  # rank of the adapter

@@ -93,11 +93,11 @@ class Trainer:
                     "lora_dropout must be 0 here: ratios and margins compare two passes; only SFT has dropout"
                 )
             disable_dropout(self.policy)
+        self.micro_batch_tokens = self.args.micro_batch_tokens  # until the memory plan settles it
         self._preparing = "train"  # the name of the data set in reports
         self.train_records = self.prepare_data(_records(train_dataset, "train_dataset"))
         self._preparing = "eval"
         self.eval_records = None if eval_dataset is None else self.prepare_data(_records(eval_dataset, "eval_dataset"))
-        self.micro_batch_tokens = self.args.micro_batch_tokens  # as the memory plan settles it
         self.rollout_batch_size: int | None = (
             None  # most sequences sampled at once, where the plan allows fewer than asked
         )
