@@ -405,7 +405,7 @@ def passes(job: Job) -> list[Part]:
         live = 0.0
     else:
         # offloaded: one in use, one on its way, one leaving
-        inputs = 3 if job.offload else s.layers
+        inputs = min(3, s.layers) if job.offload else s.layers
         parts.append(Part("inputs of the layers" + (", in flight" if job.offload else ""), inputs * row, "inputs"))
         live = n * saved
     # the gradient of the layer's output, and of the MLP's inner ones as many as exist before the first is consumed

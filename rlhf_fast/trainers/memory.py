@@ -72,8 +72,10 @@ def _constants(tensor: torch.Tensor) -> int:
     return sum(x.nbytes for state in states if state for x in vars(state).values() if isinstance(x, torch.Tensor))
 
 
-def device_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that this process may use, what it holds already and its CUDA context included."""
+def device_bytes(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process may use, what it holds already and its CUDA context included; None on a CPU."""
+    if device.type != "cuda":
+        return None
     free, total = torch.cuda.mem_get_info(device)
     mine = torch.cuda.memory_reserved(device)
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)

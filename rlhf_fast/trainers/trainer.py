@@ -301,7 +301,7 @@ class Trainer:
                     log.print(f"{stop.name or 'stopped'}: saved at step {self.step}; continue with --resume")
                     break
                 log.tick(self.step)
-        if self.memory_plan is not None:
+        if self.memory_plan is not None and torch.cuda.is_available():
             self.say(compare(self.memory_plan, torch.cuda.max_memory_allocated()))
         self.save_model(out)
         return final
@@ -492,10 +492,10 @@ class Trainer:
         """Switch checkpointing and offload on as the config says; on a GPU the plan answers what it leaves open."""
         a, made = self.args, None
         checkpointing, offload = a.gradient_checkpointing is not False, bool(a.offload_activations)
-        if self.accelerator.device.type == "cuda":
+        if (available := device_bytes(self.accelerator.device)) is not None:
             try:
-                made = plan_of(self, device_bytes(self.accelerator.device), settle=True)
-            except UserError as error:
+                made = plan_of(self, available, settle=True)
+            except UserError as error:  # a config that is no known decoder's
                 self.say(f"no memory plan: {error}")
             else:
                 checkpointing, offload = made.job.checkpointing, made.job.offload

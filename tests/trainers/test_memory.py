@@ -148,6 +148,60 @@ def test_the_plan_and_the_peak_are_reported_together():
     assert compare(made, int(20.9 * GB)) == "memory: planned 21.3 GB, peak 20.9 GB (+2%)"
 
 
+# ---- what the plan settles
+
+
+def test_the_plan_answers_what_the_config_leaves_open_and_nothing_else(make, make_model, monkeypatch, capsys, run):
+    """On a device as large as this very run needs: all is kept, recomputed, recomputed and offloaded."""
+
+    def build(**more):
+        model = make_model(num_hidden_layers=8)
+        options = {"use_peft": True, "lora_r": 2, "gradient_checkpointing": None, "quiet": False, "max_steps": 1}
+        return make("sft", model, **{**options, **more})
+
+    ends = []
+    for checkpointing, offload in ((False, False), (True, False), (True, True)):
+        monkeypatch.undo()
+        needed = plan_of(build(gradient_checkpointing=checkpointing, offload_activations=offload)).tensors
+        monkeypatch.setattr(
+            "rlhf_fast.trainers.trainer.device_bytes", lambda device, needed=needed: int(needed * 1.001)
+        )
+        capsys.readouterr()
+        made = build()
+        assert (made.memory_plan.job.checkpointing, made.memory_plan.job.offload) == (checkpointing, offload)
+        assert (made.policy.host_inputs is not None) == offload
+        assert made.micro_batch_tokens == made.memory_plan.job.tokens <= made.sizes()["window_tokens"]
+        assert "memory: 0.0 GB planned of 0.0 GB: micro_batch_tokens" in capsys.readouterr().out
+        ends.append(run(made).weights)
+    for end in ends[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ends[0].values(), end.values()))
+    made = build(gradient_checkpointing=False, micro_batch_tokens=31)
+    assert (made.micro_batch_tokens, made.memory_plan.job.checkpointing) == (31, False)
+
+
+def test_a_plan_that_does_not_fit_says_so_and_fewer_sequences_are_sampled(make, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_fast.trainers.trainer.device_bytes", lambda device: 1000)
+    made = make("grpo", use_peft=True, quiet=False, rollout_batch_size=100)
+    assert "it does not fit; try " in capsys.readouterr().out
+    assert made.rollout_batch_size == 8
+    monkeypatch.undo()
+    assert make("grpo", rollout_batch_size=100).rollout_batch_size is None, "no GPU, no plan"
+
+
+def test_a_model_without_a_plan_trains_as_the_config_says(make, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_fast.trainers.trainer.device_bytes", lambda device: 10**9)
+
+    def refuse(*_, **__):
+        raise UserError("config.json has no hidden_size")
+
+    monkeypatch.setattr("rlhf_fast.run.memory.Shape.of", refuse)
+    made = make("sft", quiet=False, gradient_checkpointing=None)
+    assert made.memory_plan is None
+    assert made.micro_batch_tokens is None
+    assert made.policy.model.is_gradient_checkpointing
+    assert "no memory plan: config.json has no hidden_size" in capsys.readouterr().out
+
+
 # ---- the rehearsal
 
 
