@@ -123,7 +123,7 @@ class GRPOTrainer(RLTrainer):
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample a group of responses to every prompt, score them, and compare each with its group."""
-        a, device, size = self.args, self.policy.device, self.micro_batch_size
+        a, device = self.args, self.policy.device
         experiences, metrics = self.respond(prompts, n=a.num_generations)
         rewards = torch.tensor([e.reward for e in experiences])
         advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
