@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import re
 import warnings
 import weakref
@@ -37,9 +36,6 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
-
-# it wants a kernel from the hub for a layout that `_keep_layout` turns off
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: Any = "all-linear") -> LoraConfig:
