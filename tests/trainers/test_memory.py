@@ -227,6 +227,17 @@ def test_a_rehearsal_leaves_no_trace(method, lora, budget, make, run):
     assert all(torch.equal(a, b) for a, b in zip(runs[0].weights.values(), runs[1].weights.values()))
 
 
+def test_a_rehearsal_restores_random_state_and_what_losses_note_down(make):
+    dropping = make("sft", use_peft=True, lora_dropout=0.5, memory_check=True)
+    dropping.policy.train()
+    before = torch.get_rng_state()
+    dropping._check_memory()
+    assert torch.equal(torch.get_rng_state(), before)
+    moving = make("ppo", memory_check=True)
+    moving._check_memory()
+    assert moving._moved == 0.0
+
+
 def forwards(trainer):
     """Tokens of every forward pass of the policy from here on."""
     seen = []
