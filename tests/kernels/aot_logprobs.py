@@ -14,7 +14,7 @@ TYPES = {
     "grad_entropy_ptr": "*fp32",
     "partials_ptr": "*fp32",
     "u_labels_ptr": "*fp32",
-    "arrived_ptr": "*i32",
+    "counters_ptr": "*i32",
     "num_tiles": "i32",
     "lag": "i32",
     "vocab_size": "i32:16",
@@ -36,13 +36,15 @@ def token_cases() -> dict[str, tuple]:
     found = {}
     for kind, softcap, entropy in (("bf16", False, True), ("bf16", True, False), ("fp32", True, True)):
         types = TYPES | {"logits_ptr": f"*{kind}", "out_ptr": f"*{kind}"}
-        forward = logprobs.tiling(LLAMA, logprobs.FORWARD_TILE_BYTES // (2 if kind == "bf16" else 4))
-        backward = logprobs.tiling(LLAMA, logprobs.BACKWARD_TILE) | {"HAS_ENTROPY": entropy}
+        forward = logprobs.tiling(LLAMA, logprobs.TILE_BYTES // (2 if kind == "bf16" else 4))
+        backward = forward | {"HAS_ENTROPY": entropy}
         flags, name = {"HAS_SOFTCAP": softcap}, f"{kind}{' softcap' if softcap else ''}"
         found[f"forward {name}"] = (logprobs.forward_kernel, types, forward | flags)
         found[f"backward {name}"] = (logprobs.backward_kernel, types, backward | flags)
+    padded = types | {"vocab_size": "i32"}
+    found["forward odd, padded"] = (logprobs.forward_kernel, padded, forward | {"HAS_SOFTCAP": False})
     found["forward odd"] = (logprobs.forward_kernel, types | ODD, forward | flags)
-    combine = {key: value for key, value in long_rows(QWEN).items() if key != "BLOCK"}
+    combine = {key: value for key, value in long_rows(QWEN).items() if key not in ("BLOCK", "POLLS")}
     return found | {"combine": (logprobs.combine_kernel, types, combine | flags | {"num_warps": 2})}
 
 
@@ -55,6 +57,7 @@ def head_cases() -> dict[str, tuple]:
         "head bf16": (head.long_rows_kernel, bf16, long_rows(LLAMA) | plain),
         "head bf16 softcap": (head.long_rows_kernel, bf16, long_rows(QWEN) | softcap),
         "head fp32": (head.long_rows_kernel, fp32, long_rows(LLAMA) | plain),
+        "head odd, padded": (head.long_rows_kernel, bf16 | {"vocab_size": "i32"}, long_rows(50_257) | plain),
         "head odd": (head.long_rows_kernel, bf16 | ODD, long_rows(50_257) | softcap),
         "head bf16, short rows": (head.short_rows_kernel, bf16, short | plain),
         "head fp32 softcap, short rows": (head.short_rows_kernel, fp32, short | softcap),
@@ -63,7 +66,7 @@ def head_cases() -> dict[str, tuple]:
 
 def long_rows(vocab_size: int) -> dict[str, int]:
     sizes = logprobs.tiling(vocab_size, head.TILE)
-    return sizes | {"LANES": triton.next_power_of_2(sizes["TILES"])}
+    return sizes | {"LANES": triton.next_power_of_2(sizes["TILES"]), "POLLS": head.POLLS}
 
 
 def one_word_cases() -> dict[str, tuple]:

@@ -200,6 +200,18 @@ def test_long_rows_give_the_same_bits_whatever_the_lag_and_the_batch(monkeypatch
     assert (expected[-1][2] == 0).all() and expected[-1].isfinite().all()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs programs that run one after the other")
+def test_a_wait_that_never_ends_becomes_nan(monkeypatch):
+    """A lag shorter than a row waits for tiles that have not started: 3 tiles a row here, of which 2 have by then."""
+    module = pytest.importorskip("rlhf_fast.kernels.linear_logprobs.triton_impl")
+    monkeypatch.setattr(module, "lag_of", lambda tiles, device: 1)
+    monkeypatch.setattr(module, "POLLS", 3)
+    logits = torch.randn(1, 2 * 4096 + 7)
+    out = torch.empty_like(logits)
+    logprobs, *_ = module.head_rows(logits, torch.tensor([5]), 1.0, None, IGNORED, 1.0, out)
+    assert logprobs.isnan().all() and out[:, :4096].isnan().all()
+
+
 def test_ignored_rows_are_never_read(backend, device, monkeypatch):
     """NaN hidden states at ignored labels reach nothing, neither through compaction nor, on a GPU, without it."""
     hidden, weight, bias, labels, upstream = problem(device=device)
