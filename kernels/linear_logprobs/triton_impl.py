@@ -1,10 +1,10 @@
 """Triton row kernels of the fused head: statistics and gradient of float32 logits that are read from memory once.
 
-A row of up to 4096 entries stays in registers. A longer one is cut into tiles of 16 KiB, and each program first takes
+A row of up to 8192 entries stays in registers. A longer one is cut into tiles of 32 KiB, and each program first takes
 the statistics of one tile, then the gradient of the tile ``lag`` programs before it, whose row is complete by then. Per
 logit that is 4 bytes from memory, 4 from the L2 cache and 2 to memory for a 16-bit gradient, against 4 + 4 + 2 from and
 to memory when a program does one row after the other: as many rows as run at once (528 of 128,256 logits on 132 SMs:
-270 MB) do not fit the cache, ``lag`` tiles (9 MB) do. Without a gradient it is the forward kernel of the logits, 4 bytes.
+270 MB) do not fit the cache, ``lag`` tiles (18 MB) do. Without a gradient it is the forward kernel of the logits, 4 bytes.
 
 The tiling depends on V alone and sums have a fixed order: the same bits whatever rows surround a row, and whatever the
 lag. A program draws its number when it starts, publishes its statistics before it waits, and waits for smaller numbers
@@ -22,7 +22,6 @@ from torch import Tensor
 from rlhf_fast.kernels.logprobs.triton_impl import (
     _LN_2,
     OPTIONS,
-    TILE_BYTES,
     combined_statistics,
     distance,
     empty_results,
@@ -41,9 +40,6 @@ from rlhf_fast.kernels.logprobs.triton_impl import (
 
 __all__ = ["head_rows", "unsupported"]
 
-# as the forward kernel cuts float32: log-probabilities with and without a gradient differ at most by the order in which
-# a thread adds, as it holds 8 entries in a row where it writes 16-bit gradients and 4 where it only reads
-TILE = TILE_BYTES // 4
 # looks at a counter before a program gives up: seconds, where a row takes microseconds
 POLLS = 1 << 22
 
@@ -158,10 +154,7 @@ def long_rows_kernel(
     old = tl.maximum(new - lag, 0)
     old_row = (old // TILES).to(tl.int64)
     old_first = (old % TILES) * BLOCK
-    # both tiles are on their way at once; this program alone writes the old one
     old_label = tl.load(labels_ptr + old_row)
-    old_end = tl.where((new >= lag) & (old_label != ignore_index), vocab_size, 0)
-    old_x = load_tile(logits_ptr + old_row * stride, old_first, old_end, "evict_first", BLOCK)
     if new < num_tiles:
         row = (new // TILES).to(tl.int64)
         row_ptr = logits_ptr + row * stride
@@ -176,6 +169,9 @@ def long_rows_kernel(
         tl.debug_barrier()
         tl.atomic_add(arrived_ptr + row, 1, sem="release", scope="gpu")
     if new >= lag:
+        old_end = tl.where(old_label == ignore_index, 0, vocab_size)
+        # on its way while this program waits for the rest of the row; nobody else writes it
+        old_x = load_tile(logits_ptr + old_row * stride, old_first, old_end, "evict_first", BLOCK)
         complete = wait_for(arrived_ptr + old_row, TILES, POLLS)
         top, total, moment = combined_statistics(partials_ptr, old_row, num_tiles, outer, TILES, LANES)
         total = tl.where(complete, total, float("nan"))
@@ -213,11 +209,10 @@ def head_rows(
         *softmax_scales(temperature, softcap, logit_scale),
         ignore_index,
     )
-    flags = {"HAS_SOFTCAP": softcap is not None, **OPTIONS}
-    sizes = tiling(vocab_size, TILE)
+    sizes = tiling(vocab_size, softcap)
     tiles = sizes["TILES"]
     if tiles == 1:
-        short_rows_kernel[(num_rows,)](logits, labels, *results, out, *rest, **sizes, **flags)
+        short_rows_kernel[(num_rows,)](logits, labels, *results, out, *rest, **sizes, **OPTIONS)
         return results
     num_tiles, lag = num_rows * tiles, lag_of(tiles, logits.device)
     partials = torch.empty((3, num_tiles), dtype=torch.float32, device=logits.device)
@@ -238,6 +233,6 @@ def head_rows(
         LANES=triton.next_power_of_2(tiles),
         POLLS=POLLS,
         **sizes,
-        **flags,
+        **OPTIONS,
     )
     return results

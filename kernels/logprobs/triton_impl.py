@@ -20,7 +20,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # fused multiply-adds, said explicitly as the default differs between Triton releases
 OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
-TILE_BYTES = 16384
+TILE, CAPPED_TILE = 8192, 4096
 LOG2_E = math.log2(math.e)
 _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(math.log(2))
 
@@ -33,10 +33,19 @@ def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
     return None
 
 
-def tiling(vocab_size: int, largest: int) -> dict[str, int]:
-    """The launch options that follow from V: entries of a tile, tiles of a row, warps (16 or 32 entries a thread)."""
-    block = min(triton.next_power_of_2(vocab_size), largest)
-    return {"BLOCK": block, "TILES": triton.cdiv(vocab_size, block), "num_warps": max(1, min(8, block // 512))}
+def tiling(vocab_size: int, softcap: float | None) -> dict[str, int]:
+    """The launch options that follow from V: entries of a tile, tiles of a row, warps (16 or 32 entries a thread).
+
+    The same with and without a gradient, for any dtype. What a tile does once costs a thread as much as a dozen
+    entries, so tiles are as large as registers allow.
+    """
+    block = min(triton.next_power_of_2(vocab_size), TILE if softcap is None else CAPPED_TILE)
+    return {
+        "BLOCK": block,
+        "TILES": triton.cdiv(vocab_size, block),
+        "num_warps": max(1, min(8, block // 512)),
+        "HAS_SOFTCAP": softcap is not None,
+    }
 
 
 def softmax_scales(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float, float]:
@@ -58,7 +67,7 @@ def empty_results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent: by exp, and by its series where that would cancel. The interpreter has no libdevice."""
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))
     big = (1.0 - e) / (1.0 + e)
     s = x * x
     small = 1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * (0.021869488 - s * 0.008863236))))
@@ -317,18 +326,18 @@ def token_logprobs_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, vocab_size = logits.shape
     results = empty_results(logits)
-    sizes = tiling(vocab_size, TILE_BYTES // logits.element_size())
+    sizes = tiling(vocab_size, softcap)
     tiles = sizes["TILES"]
     partials = torch.empty((3, num_rows if tiles > 1 else 0, tiles), dtype=torch.float32, device=logits.device)
     scales = softmax_scales(temperature, softcap, logit_scale)
     arguments = (logits, labels, *results, partials, vocab_size, logits.stride(0), *scales, ignore_index)
-    flags = {"HAS_SOFTCAP": softcap is not None, **OPTIONS}
     if num_rows:
-        forward_kernel[(num_rows * tiles,)](*arguments, **sizes, **flags)
+        forward_kernel[(num_rows * tiles,)](*arguments, **sizes, **OPTIONS)
     if num_rows and tiles > 1:
         lanes = triton.next_power_of_2(tiles)
         # a lane for each partial, so that sums have one order whatever the number of warps
-        combine_kernel[(num_rows,)](*arguments, TILES=tiles, LANES=lanes, num_warps=max(1, lanes // 32), **flags)
+        sizes = {"TILES": tiles, "LANES": lanes, "num_warps": max(1, lanes // 32), "HAS_SOFTCAP": softcap is not None}
+        combine_kernel[(num_rows,)](*arguments, **sizes, **OPTIONS)
     return results
 
 
@@ -346,7 +355,7 @@ def token_logprobs_backward(
     logit_scale: float = 1.0,
 ) -> None:
     num_rows, vocab_size = logits.shape
-    sizes = tiling(vocab_size, TILE_BYTES // logits.element_size())
+    sizes = tiling(vocab_size, softcap)
     if num_rows:
         backward_kernel[(num_rows * sizes["TILES"],)](
             logits,
@@ -361,7 +370,6 @@ def token_logprobs_backward(
             out.stride(0),
             *softmax_scales(temperature, softcap, logit_scale),
             ignore_index,
-            HAS_SOFTCAP=softcap is not None,
             HAS_ENTROPY=grad_entropy is not None,
             **sizes,
             **OPTIONS,
@@ -374,15 +382,43 @@ SEQUENCE_BLOCK = 1024
 
 @triton.jit
 def boundaries(cu_seqlens_ptr, width, PACKED: tl.constexpr):
-    """First token and number of tokens of this program's sequence."""
+    """First token and number of tokens of this program's sequence: a row of ``width``, or part of ``width`` packed ones.
+
+    Whatever the boundaries say, nothing outside the tensor is reached: on a GPU nobody has checked them.
+    """
     sequence = tl.program_id(0)
     if PACKED:
-        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + sequence + 1) - first).to(tl.int32)
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), width)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), width)
+        first, length = begin.to(tl.int64), tl.maximum(end - begin, 0)
     else:
-        first = sequence.to(tl.int64) * width
-        length = width
+        first, length = sequence.to(tl.int64) * width, width
     return first, length
+
+
+@triton.jit
+def clear_unclaimed(out_ptr, cu_seqlens_ptr, width, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Write zeros to the packed tokens before the first sequence and behind the last, as no sequence writes those."""
+    if PACKED:
+        lane = tl.arange(0, BLOCK)
+        if tl.program_id(0) == 0:
+            stop = tl.minimum(tl.load(cu_seqlens_ptr), width)
+            for start in range(0, stop, BLOCK):
+                tl.store(out_ptr + start + lane, tl.zeros([BLOCK], tl.float32), mask=start + lane < stop)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            begin = tl.maximum(tl.load(cu_seqlens_ptr + tl.num_programs(0)), 0)
+            for start in range(begin, width, BLOCK):
+                tl.store(out_ptr + start + lane, tl.zeros([BLOCK], tl.float32), mask=start + lane < width)
+
+
+@triton.jit
+def load_kept(x_ptr, at, inside, keep):
+    """Values of the tokens that count, 0 for the others, which may hold anything.
+
+    They are loaded all the same: a load that had to wait for the mask would cost its latency twice, and 16-byte loads
+    their neighbours.
+    """
+    return tl.where(keep, tl.load(x_ptr + at, mask=inside, other=0.0), 0.0)
 
 
 @triton.jit
@@ -404,9 +440,9 @@ def sequence_sum_kernel(
     count = total
     for start in range(0, length, BLOCK):
         at = first + start + lane
-        keep = tl.load(mask_ptr + at, mask=start + lane < length, other=0) != 0
-        # the mask guards the load too: a masked entry is never read
-        total += tl.load(logprobs_ptr + at, mask=keep, other=0.0)
+        inside = start + lane < length
+        keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        total += load_kept(logprobs_ptr, at, inside, keep)
         count += keep.to(tl.float32)
     result = tl.sum(total, 0)
     tokens = tl.sum(count, 0)
@@ -438,6 +474,7 @@ def sequence_spread_kernel(
         at = first + start + lane
         keep = tl.load(mask_ptr + at, mask=start + lane < length, other=0) != 0
         tl.store(out_ptr + at, tl.where(keep, grad, 0.0), mask=start + lane < length)
+    clear_unclaimed(out_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
 
 
 def sequence_logprobs(
@@ -464,10 +501,9 @@ def sequence_logprobs_backward(
 
 
 def _walk(mask: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
-    """Launch options of a program per sequence: the width of a row, 0 if packed, and the block it walks in."""
+    """Launch options of a program per sequence: how many tokens a row or everything packed has, and the block."""
     packed = cu_seqlens is not None
     # the longest packed sequence would have to be read back; the mean length chooses the block
     length = triton.cdiv(mask.numel(), max(len(cu_seqlens) - 1, 1)) if packed else mask.shape[1]
     block = min(max(triton.next_power_of_2(max(length, 1)), 128), SEQUENCE_BLOCK)
-    width = 0 if packed else mask.shape[1]
-    return {"width": width, "PACKED": packed, "BLOCK": block, "num_warps": max(1, block // 256)}
+    return {"width": mask.shape[-1], "PACKED": packed, "BLOCK": block, "num_warps": max(1, block // 256)}

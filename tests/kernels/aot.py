@@ -76,7 +76,9 @@ def measure(kernel, types: dict[str, str], constants: dict, capability: int) -> 
 
 def longest_path(sass: str) -> int:
     """The most instructions that a thread can execute without going back in a loop: at most one pass of each."""
-    lines = re.findall(r"^(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass, re.MULTILINE)
+    lines = re.findall(
+        r"^(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass, re.MULTILINE
+    )
     after, longest = {}, 0
     # from the end, so that every forward branch finds its target; a backward one finds none and is not taken
     for label, guard, name, operands in reversed(lines):

@@ -3,11 +3,11 @@
 from rlhf_fast.kernels.advantages import triton_impl as advantages
 
 TYPES = {f"{name}_ptr": "*fp32" for name in ("rewards", "values", "bootstrap", "advantages", "returns")}
-TYPES |= {"mask_ptr": "*u8", "cu_seqlens_ptr": "*i32", "width": "i32", "gamma": "fp32", "lam": "fp32"}
+TYPES |= {"mask_ptr": "*u8", "cu_seqlens_ptr": "*i32", "width": "i32:16", "gamma": "fp32", "lam": "fp32"}
 
 
 def cases() -> dict[str, tuple]:
-    scan = {"BLOCK": 1024, "num_warps": 8}
+    scan = {"BLOCK": 1024, "num_warps": advantages.SCAN_WARPS}
     # a width of 1 is compiled in as a constant, which has its own traps
     one = {"HAS_BOOTSTRAP": True, "PACKED": False, "width": 1, "BLOCK": 32, "num_warps": 1}
     return {

@@ -324,8 +324,8 @@ TRITON = (
     Mutant(
         "temperature dropped from backward",
         "kernels/logprobs/triton_impl.py",
-        "at_label * slope, float(\"nan\"))",
-        "at_label, float(\"nan\"))",
+        'at_label * slope, float("nan"))',
+        'at_label, float("nan"))',
         on("triton", TOKENS),
     ),
     Mutant(
