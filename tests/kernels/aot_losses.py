@@ -124,6 +124,7 @@ def of_sequences() -> dict[str, tuple]:
     for average in (False, True):
         name = f"sequence {'means' if average else 'sums'}"
         found[name] = (logprobs.sequence_sum_kernel, TYPES, packed | {"AVERAGE": average})
+        found[f"{name} padded"] = (logprobs.sequence_sum_kernel, TYPES, padded | {"AVERAGE": average})
         found[f"{name} backward"] = (logprobs.sequence_spread_kernel, TYPES, padded | {"AVERAGE": average})
     sizes = {"OWN": advantages.OWN, "OTHERS": advantages.OTHERS, "num_warps": advantages.GROUP_WARPS}
     for scale, has_ids in (("group", True), ("batch", True), ("group", False)):
