@@ -4,7 +4,8 @@ How a row is cut into tiles depends on V alone, and the tiles' statistics are co
 the same bits whatever rows surround it, and a few rows of a large vocabulary still keep every processor busy.
 
 A logit costs its own bytes forward, and its own twice backward (read and written); the statistics of a tile are 12
-bytes. All loads are of 16 bytes per thread where V allows. float64 is left to the reference.
+bytes. All loads but those of a last, partial tile are of 16 bytes per thread where rows begin at multiples of that. What
+a tile costs beside its bytes is instructions, so exponentials have base 2. float64 is left to the reference.
 """
 
 from __future__ import annotations
