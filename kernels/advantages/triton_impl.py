@@ -587,4 +587,4 @@ def _sequences(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, dict[
     # one block for all packed sequences: chosen by their lengths, a sequence's bits would depend on its neighbours
     length = width if cu_seqlens is None else PACKED_BLOCK
     block = max(min(BLOCK, 32), min(triton.next_power_of_2(max(length, 1)), BLOCK))
-    return count, width, {"BLOCK": block, "num_warps": max(1, min(SCAN_WARPS, block // 256))}
+    return count, width, {"BLOCK": block, "num_warps": max(1, min(SCAN_WARPS, block // 128))}
