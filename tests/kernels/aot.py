@@ -60,8 +60,6 @@ def measure(kernel, types: dict[str, str], constants: dict, capability: int) -> 
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         sass = _run("nvdisasm", file.name)
-    if "AOT_SASS" in os.environ:
-        Path(os.environ["AOT_SASS"]).write_text(sass)
     path = longest_path(sass)
     instructions = [name for name in INSTRUCTION.findall(sass) if name != "NOP"]
     return {
