@@ -1,16 +1,19 @@
 """One command on a machine with a GPU: build, test, time and compare with the targets, in under nine minutes.
 
-    python -m bench.gpu_suite --part ops
+    python -m bench.gpu_suite --part ops --out DIR
     python -m bench.gpu_suite --part ops --dry-run      # the same steps at tiny sizes on a CPU, Triton interpreted
 
-Every step has a deadline. A step that fails or runs out of time is reported and the rest goes on, except that operations
-whose tests did not pass are not timed. Results go to --out: the CSV files and plots of ``bench.ops``, ``gpu-suite.log``
-with everything that was printed, and ``gpu-targets.md``, each target as measured over target.
+Every step has a deadline. A step that fails or runs out of time is reported and the rest goes on: operations are timed
+even if their tests fail, as every contender is compared with float64 first, and the rows say so. The first round of
+benchmarks is ours and the ceilings, for every target; the second adds the peers. Results are written as they come, to
+five files in --out: ``gpu-suite.log`` with every line of every step, ``ops-cuda.csv``, ``gpu-targets.md``, each target as
+measured over target, and at the end ``ops-cuda.png`` and ``README.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import shutil
@@ -18,7 +21,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 BUDGET = 530.0  # seconds in all
 SANITIZER = 60.0  # of them, kept for the last step
+PATIENCE = 4  # times as long for everything in a dry run: interpreted, and on a few slow cores
+LEAST = 12.0  # a benchmark that gets less is not started
 FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward")
 
 
@@ -76,44 +83,58 @@ class Suite:
 
     out: Path
     log: TextIO
+    budget: float = BUDGET
     began: float = field(default_factory=time.monotonic)
     verdicts: dict[str, str] = field(default_factory=dict)
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def left(self) -> float:
-        return BUDGET - (time.monotonic() - self.began)
+        return self.budget - (time.monotonic() - self.began)
+
+    def write(self, text: str) -> None:
+        """Into the log, at once: whatever ends this run, what was printed until then is there."""
+        with self.writing:
+            self.log.write(text + "\n")
+            self.log.flush()
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-        self.log.write(text + "\n")
-        self.log.flush()
+        self.write(text)
 
     def run(self, *steps: Step, keep: float = 0.0) -> None:
         """Run steps at the same time, each until its deadline, leaving ``keep`` seconds of the whole budget."""
         running = []
         for step in steps:
-            output = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed below, after its process
             process = subprocess.Popen(
                 step.command,
                 cwd=ROOT,
                 env=os.environ | step.environment,
-                stdout=output,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
                 start_new_session=True,
             )
-            running.append((step, process, output, time.monotonic()))
-        for step, process, output, start in running:
+            last: deque[str] = deque(maxlen=step.tail)
+            reader = threading.Thread(target=self._follow, args=(step.name, process, last), daemon=True)
+            reader.start()
+            running.append((step, process, reader, last, time.monotonic()))
+        for step, process, reader, last, start in running:
             deadline = start + min(step.seconds, time.monotonic() - start + self.left - keep)
-            self.verdicts[step.name] = verdict = wait(process, deadline)
+            verdict = wait(process, deadline)
             if verdict == "stopped":
-                self.verdicts[step.name] = verdict = f"stopped after {time.monotonic() - start:.0f} s"
-            output.seek(0)
-            text = output.read().strip()
-            output.close()
+                verdict = f"stopped after {time.monotonic() - start:.0f} s"
+            self.verdicts[step.name] = verdict
+            reader.join(5)  # what it left in the pipe; a child that escaped may hold it open
             self.say(f"== {step.name}: {verdict} ({time.monotonic() - start:.0f} s)")
-            self.log.write(text + "\n")
-            for line in text.splitlines()[-step.tail :]:
+            for line in list(last):
                 print("   " + line, flush=True)
+
+    def _follow(self, name: str, process: subprocess.Popen, last: deque[str]) -> None:
+        for line in process.stdout:
+            self.write(f"[{name}] {line.rstrip()}")
+            last.append(line.rstrip())
 
 
 def wait(process: subprocess.Popen, deadline: float) -> str:
@@ -134,12 +155,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: bench/results; a temporary folder for a dry run")
     args = parser.parse_args()
     out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-suite-")) if args.dry_run else RESULTS)
+    out = out.resolve()  # steps run in the project's folder
     out.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if args.dry_run:
         os.environ |= {"TRITON_INTERPRET": "1", "RLHF_FAST_DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (out / "gpu-suite.log").open("w") as log:
-        suite = Suite(out, log)
+        suite = Suite(out, log, PATIENCE * BUDGET if args.dry_run else BUDGET)
         run_ops(suite, DRY if args.dry_run else FULL)
         ran = "dry run" if args.dry_run else "run"
         suite.say(f"{ran} of {time.monotonic() - suite.began:.0f} s; results in {out}")
@@ -148,25 +170,36 @@ def main() -> int:
 
 def run_ops(suite: Suite, sizes: Sizes) -> None:
     dry = sizes.device == "cpu"
-    suite.run(Step("machine", python("-c", MACHINE), 60))
+    suite.run(Step("machine", python("-c", MACHINE), 60, tail=40))
     suite.run(build_step(dry))
     suite.run(*test_steps(dry))
-    passed = [family for family in FAMILIES if suite.verdicts[f"tests of {family}"] == "ok"]
-    for step in bench_steps(suite.out, sizes, passed):
-        if suite.left - SANITIZER < 15:
+    tests = {family: tests_of(family, suite.verdicts) for family in FAMILIES}
+    for step in bench_steps(suite.out, sizes, tests):
+        if suite.left - SANITIZER < LEAST:
             suite.verdicts[step.name] = "left out: no time"
             suite.say(f"== {step.name}: left out: no time")
             continue
         suite.run(step, keep=SANITIZER)
+        write_targets(suite, sizes)
     sanitize(suite, dry)
-    rows = read_rows(suite.out, sizes.device)
-    table = targets_table(rows, sizes, suite.verdicts)
-    (suite.out / "gpu-targets.md").write_text(table)
-    suite.say(table)
+    suite.say(write_targets(suite, sizes))
     readme = ROOT / "bench" / "README.md" if suite.out == RESULTS else suite.out / "README.md"
     suite.run(
         Step("tables", python("-m", "bench.ops", "--render", "--out", str(suite.out), "--readme", str(readme)), 60)
     )
+
+
+def csv_of(out: Path, device: str) -> Path:
+    """All operations in one file: few come back from a borrowed machine."""
+    return out / f"ops-{device}.csv"
+
+
+def write_targets(suite: Suite, sizes: Sizes) -> str:
+    from bench.report import read
+
+    table = targets_table(Rows(read(csv_of(suite.out, sizes.device))), sizes, suite.verdicts)
+    (suite.out / "gpu-targets.md").write_text(table)
+    return table
 
 
 def python(*arguments: str) -> list[str]:
@@ -174,16 +207,25 @@ def python(*arguments: str) -> list[str]:
 
 
 MACHINE = """
-import platform, torch, triton
-print(platform.platform(), "python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
+import platform, torch
+from bench.report import PEERS, version
+print(platform.platform(), "python", platform.python_version())
 print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no CUDA device")
+versions = {name: version(name) for name in (*PEERS, "pytest", "pytest-xdist", "hypothesis", "ninja", "cmake", "pybind11")}
+print(*(f"{name} {number}" for name, number in versions.items()), sep=", ")
+missing = [name for name, number in versions.items() if number == "none"]
+print("MISSING, so not compared or not run:", ", ".join(missing) if missing else "nothing")
 """
 
 
 def build_step(dry: bool) -> Step:
     """Build for this GPU alone; a dry run builds elsewhere, for one architecture, and leaves the tree as it is."""
     code = "import torch; print('%d%d' % torch.cuda.get_device_capability() if torch.cuda.is_available() else '90')"
-    number = subprocess.run(python("-c", code), capture_output=True, text=True, check=False).stdout.strip() or "90"
+    try:
+        probe = subprocess.run(python("-c", code), capture_output=True, text=True, check=False, timeout=30)
+        number = probe.stdout.strip() or "90"
+    except subprocess.TimeoutExpired:  # a driver that hangs: the steps say so, each until its deadline
+        number = "90"
     where = ["--inplace"]
     if dry:
         folder = tempfile.mkdtemp(prefix="gpu-suite-build-")
@@ -194,59 +236,135 @@ def build_step(dry: bool) -> Step:
     )
 
 
+# ---- tests
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Tests of one process."""
+
+    files: tuple[str, ...]
+    families: tuple[str, ...] = FAMILIES  # whose rows tell of their failure
+    chosen: str = "triton or cuda or by_hand"  # hand-worked examples are in every file
+    dry: str = "by_hand"
+    workers: int = 0
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def arguments(self, dry: bool) -> list[str]:
+        expression = self.dry if dry else self.chosen
+        return [*(f"tests/kernels/{file}" for file in self.files), *(["-k", expression] if expression else [])]
+
+
+SELECTIONS = {
+    "tests that need a GPU": Selection(("test_gpu.py",), chosen="", dry=""),
+    **{f"tests of {family}": Selection((f"test_{family}.py",), (family,)) for family in FAMILIES},
+    "tests of the losses in Triton": Selection(
+        ("test_triton_losses.py", "test_launches.py"),
+        ("logprobs", "advantages", "policy", "kl", "preference", "reward"),
+        chosen="",
+        dry="hopeless or no_pairs or makes_no_zeros",
+        workers=4,
+    ),
+    "tests of drawn cases": Selection(
+        ("properties",),
+        chosen="triton or cuda",
+        dry="dpo_loss and triton",
+        workers=4,
+        environment=(("RLHF_FAST_CASES", "40"),),
+    ),
+}
+
+
 def test_steps(dry: bool) -> list[Step]:
-    """All at once: they share the GPU well, and nothing is timed. A dry run takes one quick test of each file."""
+    """All at once: they share the GPU well, and nothing is timed. A dry run takes a few quick tests of each file."""
     pytest = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider")
-    # hand-worked examples are in every file, so that none comes out empty
-    chosen = ["-k", "by_hand" if dry else "triton or cuda or by_hand"]
-    steps = [
-        Step(f"tests of {family}", [*pytest, f"tests/kernels/test_{family}.py", *chosen], 150, tail=3)
-        for family in FAMILIES
+    parallel = importlib.util.find_spec("xdist") is not None and not dry
+    return [
+        Step(
+            name,
+            [
+                *pytest,
+                *selection.arguments(dry),
+                *(["-n", str(selection.workers)] if parallel and selection.workers else []),
+            ],
+            150 * (PATIENCE if dry else 1),
+            dict(selection.environment),
+            tail=8,
+        )
+        for name, selection in SELECTIONS.items()
     ]
-    return [Step("tests that need a GPU", [*pytest, "tests/kernels/test_gpu.py"], 150, tail=8), *steps]
 
 
-def bench_steps(out: Path, sizes: Sizes, families: list[str]) -> list[Step]:
-    """The operations with targets first; a process each, so that a crash costs its own rows only."""
-    common = ["--device", sizes.device, "--tested", "--no-render", "--out", str(out)]
-    common += ["--seconds", str(sizes.seconds)] + (["--tiny", "--threads", "1"] if sizes.device == "cpu" else [])
-    dtype = [] if sizes.device == "cpu" else ["--dtype", "bf16"]
+def tests_of(family: str, verdicts: dict[str, str]) -> str:
+    """What the rows of a family say of its tests: passed, stopped or failed, the worst of its steps."""
+    mine = [verdicts.get(name, "stopped") for name, selection in SELECTIONS.items() if family in selection.families]
+    if any(verdict.startswith("failed") for verdict in mine):
+        return "failed"
+    return "passed" if all(verdict == "ok" for verdict in mine) else "stopped"
+
+
+# ---- benchmarks
+
+
+def bench_steps(out: Path, sizes: Sizes, tests: dict[str, str]) -> list[Step]:
+    """Ours and the ceilings for every target, then all contenders, whose rows replace the first ones.
+
+    A process each, so that a crash costs its own rows only. What was there before the peers stays if there is no time.
+    """
+    dry = sizes.device == "cpu"
+    common = ["--device", sizes.device, "--no-render", "--csv", str(csv_of(out, sizes.device))]
+    common += ["--tiny", "--threads", "1"] if dry else []
+    dtype = [] if dry else ["--dtype", "bf16"]
+    # family, operations, shapes, dtypes, seconds for ours, seconds for all
     groups = [
-        ("linear_logprobs", ["linear_logprobs"], [sizes.head], dtype, 100),
-        ("logprobs", ["token_logprobs"], [sizes.logits], dtype, 90),
-        ("advantages", ["gae", "kl_shaped_gae"], list(dict.fromkeys(sizes.gae)), [], 70),
-        ("policy", ["policy_loss", "value_loss"], [sizes.policy], [], 60),
-        ("preference", ["dpo_loss"], [sizes.pairs], [], 30),
-        ("linear_logprobs", ["linear_cross_entropy"], [sizes.head], dtype, 60),
+        ("linear_logprobs", ["linear_logprobs"], [sizes.head], dtype, 40, 90),
+        ("logprobs", ["token_logprobs"], [sizes.logits], dtype, 30, 80),
+        ("advantages", ["gae", "kl_shaped_gae"], list(dict.fromkeys(sizes.gae)), [], 30, 60),
+        ("policy", ["policy_loss", "value_loss"], [sizes.policy], [], 25, 50),
+        ("preference", ["dpo_loss"], [sizes.pairs], [], 20, 30),
+        ("linear_logprobs", ["linear_cross_entropy"], [sizes.head], dtype, 30, 60),
     ]
     return [
         Step(
-            f"bench of {', '.join(ops)}",
-            python("-m", "bench.ops", *ops, *common, "--shapes", *shapes, *types),
-            limit,
+            f"bench of {', '.join(ops)}, {who}",
+            python("-m", "bench.ops", *ops, *common, "--tests", tests[family], "--contenders", who)
+            + ["--seconds", str(seconds), "--shapes", *shapes, *types],
+            limits[who == "all"] * (PATIENCE if dry else 1),
             tail=40,
         )
-        for family, ops, shapes, types, limit in groups
-        if family in families
+        for who, seconds in (("ours", sizes.seconds / 3), ("all", sizes.seconds))
+        for family, ops, shapes, types, *limits in groups
     ]
 
 
+# ---- compute-sanitizer
+
+SANITIZED = ["tests/kernels/test_gpu.py", "-k", "agree_with_the_reference and float32 and (triton or cuda)"]
+
+
 def sanitize(suite: Suite, dry: bool) -> None:
-    """Out-of-bounds accesses of every kernel and races in shared memory, where compute-sanitizer is installed."""
-    tool = shutil.which("compute-sanitizer")
-    if dry or tool is None:
-        reason = "left out: a dry run" if dry else "left out: no compute-sanitizer"
-        suite.verdicts["compute-sanitizer"] = reason
-        suite.say(f"== compute-sanitizer: {reason}")
+    """Out-of-bounds accesses of every kernel and races in shared memory, where compute-sanitizer is installed.
+
+    A dry run collects the tests that it would run, which fails if there are none.
+    """
+    pytest = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *SANITIZED)
+    if dry:
+        suite.run(Step("tests for compute-sanitizer", [*pytest, "--collect-only"], 60, tail=1))
         return
-    tests = ["tests/kernels/test_gpu.py", "-k", "agree_with_the_reference and float32 and (triton or cuda)"]
-    command = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        suite.verdicts["compute-sanitizer"] = "left out: no compute-sanitizer"
+        suite.say("== compute-sanitizer: left out: no compute-sanitizer")
+        return
     # without PyTorch's own cache, so that a step past a tensor is a step past an allocation
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RLHF_FAST_SMALL": "1"}
     suite.run(
         *(
             Step(
-                f"compute-sanitizer, {kind}", [tool, "--tool", kind, "--error-exitcode", "9", *command], 90, environment
+                f"compute-sanitizer, {kind}",
+                [tool, "--tool", kind, "--error-exitcode", "9", *pytest, "-x"],
+                90,
+                environment,
             )
             for kind in ("memcheck", "racecheck")
         )
@@ -273,6 +391,7 @@ class Rows:
     def __init__(self, rows: list[dict[str, Any]]):
         self.rows = rows
         self.absent = ""  # why the last look-up found nothing
+        self.tests = ""  # how the tests of what it found ended, unless they passed
 
     def value(
         self, column: str, op: str, passed: str, shape: str, contender: str = "rlhf_fast", variant: str = ""
@@ -286,6 +405,8 @@ class Rows:
             self.absent = f"{contender}: {row['status']}"
         else:
             number = row[column]
+            if contender == "rlhf_fast" and row.get("tests") in ("failed", "stopped"):
+                self.tests = f", its tests {row['tests']}"
             if number not in ("", None) and not math.isnan(float(number)):
                 return float(number)
             self.absent = f"no {column} of {contender}"
@@ -367,23 +488,17 @@ def targets_table(rows: Rows, sizes: Sizes, verdicts: dict[str, str]) -> str:
     lines += ["Dry run on a CPU at tiny sizes: no number below means anything.", ""] if dry else []
     lines += ["| what | measured | target | |", "|---|---|---|---|"]
     for target in TARGETS:
-        rows.absent = ""
+        rows.absent = rows.tests = ""
         measured = target.measure(rows, sizes)
         if math.isnan(measured):
             shown, verdict = "", f"not measured: {rows.absent}"
         else:
             good = measured >= target.target if target.at_least else measured <= target.target
-            shown, verdict = f"{measured:.3g}{target.unit}", "met" if good else "missed"
+            shown, verdict = f"{measured:.3g}{target.unit}", ("met" if good else "missed") + rows.tests
         sign = "≥" if target.at_least else "≤"
         lines.append(f"| {target.name} | {shown} | {sign} {target.target:g}{target.unit} | {verdict} |")
     lines += ["", "| step | |", "|---|---|", *(f"| {name} | {verdict} |" for name, verdict in verdicts.items())]
     return "\n".join(lines) + "\n"
-
-
-def read_rows(out: Path, device: str) -> Rows:
-    from bench.report import read
-
-    return Rows([row for path in sorted(out.glob(f"ops-{device}-*.csv")) for row in read(path)])
 
 
 if __name__ == "__main__":

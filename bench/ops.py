@@ -5,7 +5,7 @@
     python -m bench.ops --device cuda
     python -m bench.ops --render                          # tables and plots again, from the CSV files
 
-An operation whose own tests fail is not timed. Then every contender's outputs and gradients are compared with float64
+An operation whose own tests fail is not timed (``--tests failed`` times it and says so). Then every contender's outputs and gradients are compared with float64
 on the inputs that it will be timed on, and a wrong one is not timed. The others run in turns; medians and quartiles go
 to CSV files in --out, tables and plots to bench/README.md. On a CPU the process starts itself again with --threads
 threads and transparent huge pages for tensors (THP_MEM_ALLOC_ENABLE=1), without which page faults dominate the contenders
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-gb", type=float, default=8.0, help="contenders known to need more are left out (CPU)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "bench" / "README.md")
-    parser.add_argument("--tested", action="store_true", help="the operations' tests have just passed: skip them")
+    parser.add_argument("--csv", type=Path, help="all rows into this file; default: one per family in --out")
+    parser.add_argument(
+        "--tests", choices=("passed", "failed", "stopped"), help="how they ended just now: they are not run again"
+    )
+    parser.add_argument("--contenders", choices=("ours", "all"), default="all", help="ours: and the ceilings")
     parser.add_argument("--tiny", action="store_true", help="shapes of a few numbers, to try the benchmark itself")
     parser.add_argument("--render", action="store_true", help="only render what --out holds")
     parser.add_argument("--no-render", action="store_true", help="only write CSV files")
@@ -94,8 +99,10 @@ def run(args: argparse.Namespace) -> list[str]:
     if unknown := set(args.ops) - {task.op for task in chosen}:
         sys.exit(f"unknown operation {min(unknown)}; known: {', '.join(dict.fromkeys(t.op for t in chosen))}")
     chosen = [task for task in chosen if not args.ops or task.op in args.ops]
-    verdicts = {} if args.tested else {file: tests_pass(file) for file in dict.fromkeys(t.tests for t in chosen)}
-    conditions = report.conditions(args.device, tested="before this run" if args.tested else "passed")
+    if args.contenders == "ours":
+        chosen = [replace(t, contenders=tuple(c for c in t.contenders if c.ours or c.ceiling)) for t in chosen]
+    verdicts = {} if args.tests else {file: tests_pass(file) for file in dict.fromkeys(t.tests for t in chosen)}
+    conditions = report.conditions(args.device, tested=args.tests or "passed")
     limit = args.max_gb * 1e9 if args.device == "cpu" else torch.cuda.get_device_properties(0).total_memory
     for task in chosen:
         if not verdicts.get(task.tests, True):
@@ -104,7 +111,7 @@ def run(args: argparse.Namespace) -> list[str]:
             print(" ".join(str(x) for x in case.labels.values() if x), flush=True)
             start = time.perf_counter()
             rows = measure(case, args.seconds, limit)
-            report.merge(args.out, task.family, [row | conditions for row in rows])
+            report.merge(args.csv or report.path_of(args.out, args.device, task.family), [r | conditions for r in rows])
             report.show(rows, time.perf_counter() - start)
     return [task.op for task in chosen if not verdicts.get(task.tests, True)]
 

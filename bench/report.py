@@ -23,23 +23,7 @@ NUMBERS = ("median_ms", "q1_ms", "q3_ms", "ratio", "peak_mb", "max_error", "perc
 PEERS = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 MARK = "<!-- everything below is written by `python -m bench.ops --render` -->"
 
-INTRODUCTION = """# Benchmarks
-
-| command | measures |
-|---|---|
-| `python -m bench.ops [OP ...] [--device cpu\\|cuda]` | operations of `rlhf_fast.kernels` against their peers; the tables below |
-| `python -m bench.gpu_suite --part ops` | on a machine with a GPU, in nine minutes: build, GPU tests, operations, targets |
-| `python -m bench.learning -o DIR` | whether each trainer learns what TRL's learns ([results](results/learning.md)) |
-| `python -m bench.real_data` | the same on text by people ([results](results/real_data.md)) |
-
-How the operations are measured: their own tests run first, and an operation whose tests fail is not timed. Every contender's
-outputs and gradients are compared with float64 on the inputs it is timed on; a wrong one is listed as such and not timed.
-Contenders take turns, each round starting with another one. Times include allocating outputs and autograd. *peak* is memory
-on top of the inputs: what CUDA's allocator reports, or the rise of resident memory on a CPU. *error* is the largest
-deviation from float64 over the largest exact value, of any output or gradient. *copy* and *GEMM* are shares of what a large
-copy and a large square matrix product reach in the same process. *ratio* is the time over that of our default backend: below 1
-we lose, and such rows stay. Peers are called through their public functions; what was run is printed under each table.
-"""
+README = Path(__file__).with_name("README.md")  # whose head is the head of every README
 
 
 def conditions(device: str, tested: str) -> dict[str, Any]:
@@ -82,12 +66,11 @@ def path_of(out: Path, device: str, family: str) -> Path:
     return out / f"ops-{device}-{family}.csv"
 
 
-def merge(out: Path, family: str, rows: list[dict[str, Any]]) -> None:
+def merge(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put the rows of one case into its file, in place of what an earlier run found."""
-    path = path_of(out, rows[0]["device"], family)
     key = case_of(rows[0])
     kept = [row for row in read(path) if case_of(row) != key]
-    out.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     with fresh.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *CONDITIONS], restval="", lineterminator="\n")
@@ -171,10 +154,10 @@ def show(rows: list[dict[str, Any]], seconds: float) -> None:
 
 def render(out: Path, readme: Path) -> None:
     """Write tables, plots and sources below the mark of ``readme``; what stands above it is kept."""
-    kept = readme.read_text().partition(MARK)[0] if readme.exists() else INTRODUCTION + "\n"
+    kept = (readme if readme.exists() else README).read_text().partition(MARK)[0]
     lines = [MARK, ""]
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
-        rows = [row for path in sorted(out.glob(f"ops-{device}-*.csv")) for row in read(path)]
+        rows = [row for path in sorted(out.glob(f"ops-{device}*.csv")) for row in read(path)]
         if not rows:
             continue
         lines += [f"## {title}", "", *about(rows), ""]
@@ -200,9 +183,11 @@ def about(rows: list[dict[str, Any]]) -> list[str]:
 def section(op: str, variant: str, rows: list[dict[str, Any]], device: str) -> list[str]:
     lines = [f"### {op}" + (f", {variant}" if variant else ""), ""]
     for key, group in groupby(rows, key=case_of):
+        group = list(group)
         header, *body = table(group)
         _, _, _, shape, dtype, passed = key
-        lines += [f"**{shape.replace('x', ' × ')}, {dtype}, {passed}**", ""]
+        tests = f"; its tests: {group[0]['tests']}" if group[0]["tests"] in ("failed", "stopped") else ""
+        lines += [f"**{shape.replace('x', ' × ')}, {dtype}, {passed}**{tests}", ""]
         lines += ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *map(escaped, body))]
         lines += [""]
     return lines + sources(op, variant, device)

@@ -13,6 +13,7 @@ hidden, through entropy too   a second vector (N, D)                            
 hidden and head               onehot - softmax (N, V), when it fits ``kept_bytes``     3
 hidden and head, otherwise    nothing: the logits are made again                       4
 a summed cross entropy        the gradients themselves, as g is known beforehand       3
+                              (in the call, what fits ``kept_bytes`` of the rows)
 ============================  =======================================================  =============
 """
 
@@ -59,7 +60,7 @@ def linear_logprobs(
         bias: (V,).
         temperature, softcap, ignore_index, entropy: as in :func:`token_logprobs`; ``entropy="detached"`` keeps a
             frozen head at two GEMMs.
-        logit_scale: factor of the logits, before the softcap (Cohere, Granite).
+        logit_scale: factor of the logits, before the softcap (Cohere, Granite), > 0.
         chunk_size: rows whose logits exist at a time; None chooses by device and shape.
     Returns:
         logprobs (...), or logprobs and entropy; float32 (float64 for float64), differentiable in hidden, weight, bias.
@@ -68,7 +69,7 @@ def linear_logprobs(
         IndexError: on the CPU, or anywhere with RLHF_FAST_DEBUG=1, a label is out of range. Otherwise its row is NaN.
         ValueError: shapes or dtypes differ, or an option is out of range.
     """
-    check_options(temperature, softcap, entropy)
+    check_options(temperature, softcap, entropy, logit_scale)
     hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)
     flat, rows = _labelled(labels, len(weight), ignore_index)
     x = _take(rows_of(hidden, labels.numel()), rows)
@@ -109,7 +110,7 @@ def linear_cross_entropy(
     Raises:
         IndexError, ValueError: as in :func:`linear_logprobs`; or the reduction is unknown.
     """
-    check_options(temperature, softcap, False)
+    check_options(temperature, softcap, False, logit_scale)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; known: mean, sum, none")
     hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)
@@ -210,7 +211,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def _times(grad: Tensor, x: Tensor) -> Tensor:
     """The scalar ``grad`` times ``x`` in x's dtype, not rounding ``grad`` to it: a loss scale of 2^16 is no float16."""
     out = torch.empty_like(x)
-    # by slabs, as the float32 product of a whole head is as large as the logits that were never made
+    if x.is_cuda:
+        # (1,) beside (V, D) is multiplied in float32 and rounded as it is written: one launch, no float32 copy
+        return torch.mul(grad.reshape(1), x, out=out)
+    # by slabs, as a CPU makes the float32 product of a whole head, as large as the logits that were never made
     for slab, target in zip(x.split(8192), out.split(8192)):
         target.copy_(grad.reshape(1) * slab)
     return out

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_fast.kernels.dispatch import choose, implementation, kernel
 from rlhf_fast.kernels.registry import register
-from rlhf_fast.kernels.segments import check_devices, check_tokens, promote, select, sequence_sum
+from rlhf_fast.kernels.segments import check_devices, check_tokens, debugging, promote, select, sequence_sum
 
 __all__ = ["sequence_logprobs", "token_logprobs"]
 
@@ -132,19 +130,21 @@ class _TokenLogprobs(torch.autograd.Function):
         return _backward(*arguments), *(None,) * 6
 
 
-def check_options(temperature: float, softcap: float | None, entropy: bool | str) -> None:
+def check_options(temperature: float, softcap: float | None, entropy: bool | str, logit_scale: float = 1.0) -> None:
     """Raise ValueError if an option shared by the logits' and the hidden states' form is out of range."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy decoding has no log-probabilities")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale must be positive, got {logit_scale}; negate the head instead")
     if entropy not in (True, False, "detached"):
         raise ValueError(f"entropy must be True, False or 'detached', got {entropy!r}")
 
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise IndexError naming the first label out of range; on a GPU only with RLHF_FAST_DEBUG=1, as it must wait."""
-    if labels.device.type != "cpu" and os.environ.get("RLHF_FAST_DEBUG") != "1":
+    if labels.device.type != "cpu" and not debugging():
         return
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     if bad.any():

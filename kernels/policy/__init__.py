@@ -157,11 +157,15 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(figures, *gradients)
         ctx.backend = rest[-1]
         ctx.mark_non_differentiable(figures)
+        # or autograd makes zeros for the figures' gradient: two more launches than the one of backward
+        ctx.set_materialize_grads(False)
         return loss, figures
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         figures, *gradients = ctx.saved_tensors
         of_logprobs, of_entropy = (
             _scaled_gradient(gradient, grad, figures, ctx.backend) if need else None
@@ -177,11 +181,14 @@ class _ValueLoss(torch.autograd.Function):
         ctx.save_for_backward(figures, gradient)
         ctx.backend = rest[-1]
         ctx.mark_non_differentiable(figures)
+        ctx.set_materialize_grads(False)
         return loss, figures
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         figures, gradient = ctx.saved_tensors
         gradient = _scaled_gradient(gradient, grad, figures, ctx.backend)
         return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)

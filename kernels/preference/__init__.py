@@ -75,11 +75,15 @@ class _DpoLoss(torch.autograd.Function):
         losses, chosen_rewards, rejected_rewards, slopes = _dpo_loss(*tensors, *options, any(ctx.needs))
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+        # or autograd makes zeros for the rewards' gradients: four more launches than the one of backward
+        ctx.set_materialize_grads(False)
         return losses, chosen_rewards, rejected_rewards
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 8
         (slopes,) = ctx.saved_tensors
         of_chosen, of_rejected = (grad * slopes).unbind()
         # the loss sees the reference only through the differences

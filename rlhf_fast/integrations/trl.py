@@ -12,6 +12,7 @@ experimental trainers use, become :func:`rlhf_fast.kernels.token_logprobs`. Loss
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -288,6 +289,15 @@ class FusedGRPO:
         self._log_policy_metrics(stats, log_ratio.detach(), advantages, mask)
         return loss
 
+    def log(self, logs, *args, **kwargs):
+        """TRL's, after one transfer of all metrics: until here they are scalars on the device, which nobody waits for."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        places = [(values, i) for values in metrics.values() for i, x in enumerate(values) if isinstance(x, Tensor)]
+        if places:
+            for (values, i), x in zip(places, torch.stack([values[i].float() for values, i in places]).tolist()):
+                values[i] = x
+        super().log(logs, *args, **kwargs)
+
     def _has_fused_loss(self) -> bool:
         other_terms = (
             self.off_policy_mask_threshold is not None
@@ -322,27 +332,44 @@ class FusedGRPO:
 
     def _log_policy_metrics(self, stats, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        ratio, count = log_ratio.exp(), mask.sum()
-        # a ratio of a sequence counts once, however long it is
+        count = mask.sum()
+        if self.beta:
+            metrics["kl"].append(self._over_processes(stats["kl"], count))
+        metrics["entropy"].append(self._over_processes(stats["entropy"], count))
+        shares, weights = self._clipped(log_ratio, advantages, mask)
+        if log_ratio.shape == mask.shape:  # means over tokens, as the loss has made them
+            means = {name: (stats[f"clip_{name}"], count) for name in ("low", "high", "region")}
+        else:  # a ratio of a sequence counts once, however long it is: the loss counts its tokens
+            means = {"low": (shares[0].mean(), weights.sum()), "high": (shares[1].mean(), weights.sum())}
+            means["region"] = (means["low"][0] + means["high"][0], weights.sum())
+        if self.loss_type == "cispo":
+            metrics["cispo_clip_ratio"].append(self._over_processes(*means["high"]))
+            return
+        for name, (mean, weight) in means.items():
+            metrics[f"clip_ratio/{name}_mean"].append(self._over_processes(mean, weight))
+        # a sequence without a token has no share: 0 / 0 is NaN, which the extremes leave out, as TRL's do
+        low, high = (self.accelerator.gather(share) for share in shares)
+        metrics["clip_ratio/low_min"].append(_extreme(low, Tensor.amin, math.inf))
+        metrics["clip_ratio/high_max"].append(_extreme(high, Tensor.amax, -math.inf))
+
+    def _clipped(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Shares of each sequence that are clipped from below and above, (B,) each, and how many ratios they are of."""
+        ratio = log_ratio.exp()
         weight = mask.float() if ratio.shape == mask.shape else torch.ones_like(ratio)
         advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-        if self.beta:
-            metrics["kl"].append(self._over_processes(stats["kl"] * count, count))
-        metrics["entropy"].append(self._over_processes(stats["entropy"] * count, count))
         upper = self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high
-        high = ((ratio > upper) & (advantages > 0)) * weight
-        if self.loss_type == "cispo":
-            metrics["cispo_clip_ratio"].append(self._over_processes(high.sum(), weight.sum()))
-            return
         low = ((ratio < 1 - self.epsilon_low) & (advantages < 0)) * weight
-        for name, share in (("low", low), ("high", high), ("region", low + high)):
-            metrics[f"clip_ratio/{name}_mean"].append(self._over_processes(share.sum(), weight.sum()))
-        # a sequence without a token has no share: 0 / 0 is NaN, which the extremes leave out, as TRL's do
-        shares = [self.accelerator.gather(x.sum(-1) / weight.sum(-1)) for x in (low, high)]
-        shares = [x[~x.isnan()] for x in shares]
-        for name, x, pick in (("low_min", shares[0], Tensor.min), ("high_max", shares[1], Tensor.max)):
-            metrics[f"clip_ratio/{name}"].append(pick(x).item() if len(x) else float("nan"))
+        high = ((ratio > upper) & (advantages > 0)) * weight
+        return (low.sum(-1) / weight.sum(-1), high.sum(-1) / weight.sum(-1)), weight.sum(-1)
 
-    def _over_processes(self, total: Tensor, count: Tensor) -> float:
-        total, count = self.accelerator.reduce(torch.stack([total.float(), count.float()]), reduction="sum")
-        return (total / count.clamp(min=1.0)).item()
+    def _over_processes(self, mean: Tensor, count: Tensor) -> Tensor:
+        """The mean over all processes of one over ``count`` here, a scalar on the device."""
+        total = torch.stack([mean.float() * count, count.float()])
+        total, count = self.accelerator.reduce(total, reduction="sum")
+        return total / count.clamp(min=1.0)
+
+
+def _extreme(x: Tensor, pick, worst: float) -> Tensor:
+    """Smallest or largest entry that is not NaN; NaN if all are. Nothing is read back."""
+    absent = x.isnan()
+    return torch.where(absent.all(), math.nan, pick(torch.where(absent, worst, x)))

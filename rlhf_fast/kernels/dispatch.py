@@ -19,9 +19,18 @@ from torch import Tensor
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 
-# What `auto` tries, in this order. The orders follow from what each backend is, no measurement decides them yet:
-# the compiled CPU kernels replace several passes of eager PyTorch, and Triton needs no compiled extension.
+# What `auto` tries, in this order, unless the operation is listed below. On a CPU by bench/results/ops-cpu-*.csv: the
+# compiled kernels replace several passes of eager PyTorch. On a GPU reasoned, not measured: Triton reads long rows in
+# tiles that keep every processor busy.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+# Reasoned, not measured: these take microseconds on the device, less than the tens that Triton's launcher takes on the
+# host, and the first call of every combination of options would compile for a second. Once bench/results holds
+# ops-cuda*.csv, tests/kernels/test_dispatch.py demands that their medians agree with both tables.
+PREFERRED = {
+    "cuda": dict.fromkeys(
+        ("gae", "gae_packed", "kl_shaped_gae", "policy_loss", "value_loss", "dpo_loss"), ("cuda", "triton", "reference")
+    )
+}
 
 OPS = {
     "logprobs": ("token_logprobs_forward", "token_logprobs_backward", "sequence_logprobs"),
@@ -91,7 +100,7 @@ _choose_for_graph._dynamo_marked_constant = True
 
 def _choose(family: str, op: str, *tensors: Tensor, **options) -> str:
     refused = {}
-    for backend in _order(tensors[0].device.type):
+    for backend in order_of(op, tensors[0].device.type):
         reason = available(family, backend, op, *tensors, **options)
         if reason is None:
             return backend
@@ -141,9 +150,10 @@ def backend_report() -> list[BackendRow]:
     return rows
 
 
-def _order(device: str) -> tuple[str, ...]:
+def order_of(op: str, device: str) -> tuple[str, ...]:
+    """The backends to try for ``op`` on a type of device, the user's order before ours."""
     name = _override or os.environ.get("RLHF_FAST_BACKEND") or "auto"
-    return _preference(name) or AUTO.get(device, ("reference",))
+    return _preference(name) or PREFERRED.get(device, {}).get(op) or AUTO.get(device, ("reference",))
 
 
 @cache

@@ -5,6 +5,8 @@ Packed tensors hold their sequences end to end: sequence i is ``[cu_seqlens[i], 
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,25 @@ def check_tokens(mask: Tensor, cu_seqlens: Tensor | None, **tensors: Tensor | No
             f"with cu_seqlens (B + 1,) per-token tensors are packed (N,); got cu_seqlens "
             f"{tuple(cu_seqlens.shape)} and tokens {tuple(mask.shape)}"
         )
-    # reading the last boundary is free on the CPU, a stall on a GPU and impossible in a compiled graph
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and int(cu_seqlens[-1]) != len(mask):
-        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {len(mask)} tokens")
+    # reading the boundaries is cheap on the CPU, a stall on a GPU and impossible in a compiled graph
+    if not torch.compiler.is_compiling() and (cu_seqlens.device.type == "cpu" or debugging()):
+        check_boundaries(cu_seqlens, len(mask))
+
+
+def check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Raise ValueError, naming the first wrong entry, unless they rise (or stay) from 0 to the number of tokens."""
+    ends = cu_seqlens.tolist()
+    wrong = [i for i in range(1, len(ends)) if not ends[i - 1] <= ends[i] <= num_tokens]
+    wrong = ([0] if ends[0] != 0 else []) + wrong + ([len(ends) - 1] if ends[-1] != num_tokens else [])
+    if wrong:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}; entry {wrong[0]} is {ends[wrong[0]]}"
+        )
+
+
+def debugging() -> bool:
+    """Whether checks may wait for the GPU."""
+    return os.environ.get("RLHF_FAST_DEBUG") == "1"
 
 
 def check_devices(like: Tensor, **tensors: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bench import gpu_suite, harness, ops, report
+from bench import harness, ops, report
 from bench.harness import BOTH, FORWARD, Case, Contender, Task
 from bench.peers import tasks
 
@@ -221,10 +221,10 @@ def test_csv_goes_round_to_the_table_and_a_new_run_replaces_its_rows(tmp_path):
         {**case, "contender": "ours", "status": "ok", **times},
         {**case, "contender": "peer", "status": "is not installed"},
     ]
-    report.merge(tmp_path, "kl", [row | {"median_ms": 9.0} for row in rows])
-    report.merge(tmp_path, "kl", [row | {"shape": "8x3"} for row in rows])
-    report.merge(tmp_path, "kl", rows)
-    path = report.path_of(tmp_path, "cpu", "kl")
+    path = report.path_of(tmp_path / "new", "cpu", "kl")
+    report.merge(path, [row | {"median_ms": 9.0} for row in rows])
+    report.merge(path, [row | {"shape": "8x3"} for row in rows])
+    report.merge(path, rows)
     with path.open(newline="") as file:
         assert [row["shape"] for row in csv.DictReader(file)] == ["4x3", "4x3", "8x3", "8x3"]
     back = [row for row in report.read(path) if row["shape"] == "4x3"]
@@ -251,7 +251,7 @@ def test_the_readme_holds_tables_lost_races_and_the_code_that_ran(tmp_path, devi
         {**case, **numbers, "contender": "log-doubling", "ratio": 0.5},
     ]
     conditions = report.conditions("cpu", "passed")
-    report.merge(tmp_path, "advantages", [row | conditions for row in rows])
+    report.merge(tmp_path / f"ops-{device}.csv", [row | conditions for row in rows])
     readme = tmp_path / "README.md"
     readme.write_text("By hand.\n" + report.MARK + "\nstale\n")
     report.render(tmp_path, readme)
@@ -264,6 +264,28 @@ def test_the_readme_holds_tables_lost_races_and_the_code_that_ran(tmp_path, devi
     assert (tmp_path / f"ops-{device}.png").stat().st_size < 100_000
     report.render(tmp_path, readme)
     assert readme.read_text() == text
+
+
+def test_rows_of_an_operation_whose_tests_fail_say_so(tmp_path, monkeypatch):
+    """Timed nevertheless when asked; ours alone; all in one file; and the table above its rows says it too."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    path, readme = tmp_path / "ops-cpu.csv", tmp_path / "README.md"
+    options = ["--tiny", "--seconds", "0.01", "--tests", "failed", "--contenders", "ours", "--csv", str(path)]
+    places = ["--out", str(tmp_path), "--readme", str(readme)]
+    assert ops.main(["kl_penalty", "dpo_loss", "--passes", FORWARD, *options, *places]) == 0
+    rows = report.read(path)
+    assert {row["op"] for row in rows} == {"kl_penalty", "dpo_loss"}
+    assert {row["tests"] for row in rows} == {"failed"}
+    assert all(row["contender"].startswith("rlhf_fast") for row in rows)
+    assert "; its tests: failed" in readme.read_text()
+    assert readme.read_text().startswith("# Benchmarks")
+
+
+def test_the_reference_takes_no_part_in_graphs():
+    """Its loop over time would be recorded node by node."""
+    reference, fused = (Contender("ours", square, ours=True, backend=b) for b in ("reference", "auto"))
+    assert harness.takes_part(reference, FORWARD) and harness.takes_part(fused, FORWARD + harness.GRAPH)
+    assert not harness.takes_part(reference, FORWARD + harness.GRAPH)
 
 
 def test_an_operation_whose_tests_fail_is_not_timed(tmp_path, monkeypatch, capsys):
@@ -311,30 +333,3 @@ def test_every_public_operation_has_a_task_and_a_test_file():
     assert {t.op for t in tasks("cpu")} == set(kernels.__all__) - administration
     for t in tasks("cpu"):
         assert (ops.ROOT / t.tests).is_file()
-
-
-def test_targets_say_measured_over_target_or_why_not():
-    """One met, one missed, one whose rival could not run; the direction of each target counts."""
-    sizes, case = gpu_suite.FULL, {"op": "linear_logprobs", "variant": "", "shape": gpu_suite.FULL.head}
-    numbers = {"status": "ok", "median_ms": 25.0, "peak_mb": 1200.0, "launches": ""}
-    rows = [
-        {**case, **numbers, "pass": BOTH, "contender": "rlhf_fast (triton)"},
-        {**case, **numbers, "pass": BOTH, "contender": "its GEMMs alone", "median_ms": 22.0},
-        {**case, "pass": BOTH, "contender": "Liger", "status": "liger_kernel is not installed"},
-    ]
-    table = gpu_suite.targets_table(gpu_suite.Rows(rows), sizes, {"build": "ok"})
-    assert "share of its 2 GEMMs | 0.88 | ≥ 0.85 | met |" in table
-    assert "extra memory | 1.2 GB | ≤ 0.9 GB | missed |" in table
-    assert "| the same over Liger's |  | ≥ 1.8x | not measured: Liger: liger_kernel is not installed |" in table
-    assert "| gae (512, 4096) |  | ≤ 15 µs | not measured: no row of rlhf_fast |" in table
-
-
-def test_a_step_past_its_deadline_is_stopped_with_its_children_and_the_next_runs(tmp_path):
-    with (tmp_path / "log").open("w") as log:
-        suite = gpu_suite.Suite(tmp_path, log)
-        child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-        suite.run(gpu_suite.Step("slow", gpu_suite.python("-c", child), 1.0))
-        suite.run(gpu_suite.Step("bad", gpu_suite.python("-c", "print('why'); raise SystemExit(3)"), 20))
-        suite.run(gpu_suite.Step("good", gpu_suite.python("-c", "pass"), 20))
-    assert list(suite.verdicts.values()) == ["stopped after 1 s", "failed with 3", "ok"]
-    assert "why" in (tmp_path / "log").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 import sys
 
@@ -197,6 +198,18 @@ def test_fused_grpo_has_the_loss_gradient_and_metrics_of_trl(options, training, 
 
 class FastGRPO(fast.FusedGRPO, trl.GRPOTrainer):
     pass
+
+
+def test_metrics_stay_on_the_device_until_they_are_logged(monkeypatch):
+    """One transfer for all; what TRL put there as numbers stays as it is."""
+    logged = []
+    monkeypatch.setattr(trl.GRPOTrainer, "log", lambda self, logs: logged.append({**self._metrics["train"]}))
+    host = object.__new__(FastGRPO)
+    host.model = torch.nn.Linear(1, 1)
+    host._metrics = {"train": {"kl": [torch.tensor(0.5), torch.tensor(float("nan"))], "reward": [2.0]}, "eval": {}}
+    host.log({})
+    assert logged[0]["reward"] == [2.0] and logged[0]["kl"][0] == 0.5 and math.isnan(logged[0]["kl"][1])
+    assert all(type(x) is float for x in logged[0]["kl"])
 
 
 def test_every_field_of_the_head_equals_trls(tmp_path):

@@ -1,13 +1,18 @@
-"""Every test that asks for ``backend`` runs once per backend, and is skipped, with the reason, where one cannot run."""
+"""Every test that asks for ``backend`` runs once per backend, and is skipped, with the reason, where one cannot run.
+
+Tests that make CPU tensors ask for ``everywhere`` instead, which brings them to the backend's device and back.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import metadata
 
 import pytest
 import torch
 
+from rlhf_fast import kernels
 from rlhf_fast.kernels import BACKENDS, available, use_backend
 from rlhf_fast.kernels.dispatch import OPS
 
@@ -49,6 +54,38 @@ def device(backend) -> str:
 
 def device_of(backend: str) -> str:
     return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def everywhere(request, monkeypatch, backend):
+    """Run a module's tests of CPU tensors on every backend: its operations take and give them where that runs.
+
+    What the backend declines, float64 for one, runs on the reference.
+    """
+    device = device_of(backend)
+    for name in set(kernels.__all__) & set(vars(request.module)):
+        operation = getattr(request.module, name)
+        if getattr(operation, "__module__", "").startswith("rlhf_fast.kernels.") and name != "use_backend":
+            monkeypatch.setattr(request.module, name, _brought(operation, device))
+    with use_backend(f"{backend},reference"):
+        yield backend
+
+
+def _brought(operation, device: str):
+    @functools.wraps(operation)
+    def brought(*args, **kwargs):
+        return moved(operation(*moved(args, device), **moved(kwargs, device)), "cpu")
+
+    return brought
+
+
+def moved(x, device: str):
+    """Tensors to the device, also inside tuples and dicts; autograd brings their gradients back."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if isinstance(x, tuple):
+        return tuple(moved(y, device) for y in x)
+    return {name: moved(y, device) for name, y in x.items()} if isinstance(x, dict) else x
 
 
 @pytest.fixture

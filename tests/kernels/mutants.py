@@ -130,8 +130,8 @@ PYTHON = (
     Mutant(
         "gradient of the head from the last chunk only",
         "kernels/linear_logprobs/chunked.py",
-        "            total.addmm_(rows.t(), hidden)",
-        "            torch.mm(rows.t(), hidden, out=total)",
+        "if first else total.addmm_(rows.t(), hidden)",
+        "if first else torch.mm(rows.t(), hidden, out=total)",
         on("reference", HEAD),
     ),
     Mutant(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ from rlhf_fast.kernels import (
     use_backend,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = (torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
 
 
@@ -191,3 +194,48 @@ def test_a_second_derivative_is_refused_instead_of_wrong():
     (gradient,) = torch.autograd.grad(loss, logprobs, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.sum().backward()
+
+
+def slower_first(rows) -> list[str]:
+    """Operations of the GPU whose preferred kernel took longer than the other one, by more than 5% over all cases."""
+    times, logs = {}, {}
+    for row in rows:
+        if row["status"] == "ok" and row["contender"].startswith("rlhf_fast ("):
+            case = times.setdefault(tuple(row[name] for name in ("op", "variant", "shape", "dtype", "pass")), {})
+            case[row["contender"][len("rlhf_fast (") : -1]] = float(row["median_ms"])
+    for (op, *_), case in times.items():
+        # as the benchmarks name them: token_logprobs stands for its two halves, linear_* for the rows of the head
+        known = [o for ops in dispatch.OPS.values() for o in ops if o.startswith(op)]
+        for name in known or (["head_rows"] if op.startswith("linear_") else []):
+            first, second = (b for b in dispatch.order_of(name, "cuda") if b in ("triton", "cuda"))
+            if first in case and second in case:
+                logs.setdefault(name, []).append(math.log(case[first] / case[second]))
+    return sorted(name for name, x in logs.items() if sum(x) / len(x) > math.log(1.05))
+
+
+def test_the_order_of_kernels_on_a_gpu_agrees_with_what_was_measured():
+    """On rows made up here, and on those of bench/results once a GPU has written them."""
+    case = {"shape": "1", "dtype": "fp32", "pass": "forward", "variant": "", "status": "ok"}
+
+    def measured(op, cuda, triton):
+        times = {"rlhf_fast (cuda)": cuda, "rlhf_fast (triton)": triton}
+        return [{**case, "op": op, "contender": name, "median_ms": time} for name, time in times.items()]
+
+    assert slower_first(measured("gae", 1.0, 2.0) + measured("token_logprobs", 2.0, 1.0)) == []
+    assert slower_first(measured("gae", 2.0, 1.0)) == ["gae", "gae_packed"]
+    assert slower_first(measured("linear_logprobs", 1.0, 2.0)) == ["head_rows"]
+    rows = []
+    for path in (ROOT / "bench" / "results").glob("ops-cuda*.csv"):
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    assert slower_first(rows) == [], "swap them in rlhf_fast/kernels/dispatch.py"
+
+
+def test_kernels_that_are_over_in_microseconds_come_compiled():
+    assert dispatch.order_of("policy_loss", "cuda")[0] == "cuda"
+    assert dispatch.order_of("token_logprobs_forward", "cuda")[0] == "triton"
+    assert dispatch.order_of("policy_loss", "cpu") == dispatch.AUTO["cpu"]
+    with use_backend("reference"):
+        assert dispatch.order_of("policy_loss", "cuda") == ("reference",)
+    for orders in dispatch.PREFERRED.values():
+        assert set(orders) <= {op for ops in dispatch.OPS.values() for op in ops}

@@ -9,6 +9,9 @@ import torch
 
 from rlhf_fast.kernels import kl_penalty
 
+FAMILY = "kl"
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 ESTIMATORS = ["k1", "k2", "k3", "k3+", "abs"]
 
 

@@ -463,6 +463,42 @@ def test_number_of_gemms_of_a_cross_entropy(monkeypatch, trained, gemms):
     assert counter.count == gemms
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("per_outer", "outers"), [(1, [2, 2, 2, 1]), (2, [4, 3]), (9, [7])])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_logprobs])
+def test_chunks_share_a_gemm_for_the_head(monkeypatch, function, per_outer, outers, dtype):
+    """7 rows in chunks of 2: the gradient of the head is made of as many products as there are groups, and is the same.
+
+    A CPU makes one product per chunk; on a GPU as many chunks share one as ``kept_bytes`` has room for.
+    """
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: 0)
+    monkeypatch.setattr(chunked, "chunks_per_outer", lambda *_: per_outer)
+    rows, add_outer = [], chunked._Gemm.add_outer
+    monkeypatch.setattr(
+        chunked._Gemm, "add_outer", lambda self, *a, **k: (rows.append(len(a[1])), add_outer(self, *a, **k))
+    )
+    hidden, weight, bias, labels, _ = problem(shape=(7,), vocab_size=97, dtype=dtype)
+    labels.clamp_(min=0)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    with CountGemms(hidden, weight) as counter:
+        loss = function(hidden, weight, labels, bias=bias, chunk_size=2).sum()
+        grads = torch.autograd.grad(loss, leaves)
+    assert rows == outers and counter.count == (3 if function is linear_cross_entropy else 4)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    log_p = formula(exact[0], exact[1], labels, exact[2])[0]
+    expected = torch.autograd.grad(-log_p.mean() if function is linear_cross_entropy else log_p.sum(), exact)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for found, right in zip(grads, expected):
+        assert (found.double() - right).abs().max() <= tolerance * right.abs().max()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 64, 97, 50_257])
+def test_rows_of_odd_vocabularies_begin_at_multiples_of_64(vocab_size):
+    rows = chunked.empty_rows(3, vocab_size, torch.bfloat16, "cpu")
+    assert rows.shape == (3, vocab_size) and rows.stride(1) == 1
+    assert rows.stride(0) % 64 == 0 and rows.stride(0) - vocab_size < 64
+
+
 @pytest.mark.parametrize(("function", "gemms"), [(linear_logprobs, 2), (linear_cross_entropy, 2)])
 def test_only_labelled_rows_meet_the_head(function, gemms):
     """3 of 40 rows are labelled, so on the CPU every GEMM has 3 rows."""
@@ -648,6 +684,9 @@ def test_chunk_size_fills_the_processors():
         ({"bias": torch.zeros(4)}, "bias must be"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"temperature": -1.0}, "temperature"),
+        ({"logit_scale": 0.0}, "logit_scale must be positive, got 0.0"),
+        ({"logit_scale": -1.3}, "logit_scale must be positive, got -1.3"),
+        ({"logit_scale": math.nan}, "logit_scale must be positive, got nan"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -382,7 +382,7 @@ def test_packed_sequences_give_what_padded_ones_give():
 
 def test_sequence_logprobs_refuses_what_does_not_fit():
     x, mask = torch.zeros(4), torch.ones(4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="cu_seqlens ends at 3"):
+    with pytest.raises(ValueError, match="number of tokens, 4; entry 1 is 3"):
         sequence_logprobs(x, mask, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(ValueError, match="mask must be bool"):
         sequence_logprobs(x, torch.ones(4))

@@ -10,6 +10,9 @@ import torch
 from rlhf_fast.kernels import dpo_loss
 from rlhf_fast.kernels.preference import KINDS
 
+FAMILY = "preference"
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 
 def log_sigmoid(x):
     return -math.log1p(math.exp(-x))

@@ -9,6 +9,9 @@ import torch
 
 from rlhf_fast.kernels import pairwise_reward_loss, ranked_reward_loss
 
+FAMILY = "reward"
+pytestmark = pytest.mark.usefixtures("everywhere")
+
 NAN = float("nan")
 
 

@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for Ampere, Hopper and Blackwell, and the machine code neither spills nor dawdles."""
+"""Every Triton kernel compiles for Ampere, Hopper and Blackwell, and the machine code neither spills nor dawdles.
+
+With ``-m slow`` also under the oldest Triton that is supported, whose wheel pip brings for the time of the test.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,31 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("aot.py")
 ROOT = SCRIPT.parents[2]
 TARGETS = (80, 90, 100)
+OLDEST = "3.6.0"
 
 
-@pytest.fixture(scope="module")
-def measurements():
+def old_triton(folder: Path) -> Path:
+    """A folder with the oldest Triton in it, to stand before the installed one on the path."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run(
+        [*command, "--target", str(folder), f"triton=={OLDEST}"], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"pip cannot get triton {OLDEST}: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["installed", pytest.param(OLDEST, marks=pytest.mark.slow)])
+def measurements(request, tmp_path_factory):
     """One process for all: it must not run in Triton's interpreter, and starting it costs more than a kernel."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if request.param == OLDEST:
+        path.insert(0, str(old_triton(tmp_path_factory.mktemp("triton"))))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    probe = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    version = subprocess.run(probe, check=True, env=environment, capture_output=True, text=True).stdout.strip()
+    assert request.param in ("installed", version)
     command = [sys.executable, str(SCRIPT), *map(str, TARGETS)]
     done = subprocess.run(command, check=False, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

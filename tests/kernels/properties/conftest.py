@@ -1,4 +1,7 @@
-"""``explore`` runs a property on 300 drawn cases per backend, 5,000 with ``-m slow``, and counts the edge classes."""
+"""``explore`` runs a property on 300 drawn cases per backend, 5,000 with ``-m slow``, and counts the edge classes.
+
+RLHF_FAST_CASES=40 draws 40, where time is short; that every edge class was among them is not asked then.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from rlhf_fast.kernels import BACKENDS, dispatch, use_backend
 from tests.kernels.properties.problems import matches_float64
 
-CASES, SLOW_CASES = 300, 5000
-PROBE = 20  # cases after which a backend that has not run once is given up
+# Hypothesis mixes integers and strings that it finds in the source of imported modules into what it draws. So even the
+# derandomised cases differ a little between a run of one file and a run of all: they are the same for the same command.
+CASES, SLOW_CASES = int(os.environ.get("RLHF_FAST_CASES", "300")), 5000
+PROBE = min(20, CASES)  # cases after which a backend that has not run once is given up
 SETTINGS = {"deadline": None, "database": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
 if os.environ.get("RLHF_FAST_SHRINK") == "0":
     # a mutant is dead at the first failure; making that one small takes minutes
@@ -66,7 +71,7 @@ def explore(request, record_property, monkeypatch):
             number = int(os.environ.get("RLHF_FAST_SEED") or int.from_bytes(os.urandom(4), "big"))
             print(f"RLHF_FAST_SEED={number} repeats these cases")
             seed(number)(settings(max_examples=cases, **SETTINGS)(given(strategy)(check)))()
-        assert not [edge for edge in expected if not edges[edge]], edges
+        assert cases < 300 or all(edges[edge] for edge in expected), edges
         record_property("edges", json.dumps([cases, dict(ran), dict(edges)]))
 
     return run
