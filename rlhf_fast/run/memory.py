@@ -367,9 +367,12 @@ def saved_per_token(job: Job) -> dict[str, float]:
     """
     s, w = job.shape, job.width
     d, i, q, kv = s.hidden, s.intermediate, s.q_width, s.kv_width
-    attention = {"queries, keys, values, output": w * (2 * q + 2 * kv), "row statistics": 4 * s.heads + 8}
-    if job.device == "cpu" and w == 4:
-        attention["output in packed order"] = w * q  # our attention on a CPU works in padded tables
+    # our attention on a CPU works in padded tables, and in float32 repeats grouped heads
+    cpu, fused = job.device == "cpu", job.kernels == "fused" and not job.full
+    repeated = q if cpu and w == 4 else kv
+    attention = {"queries, keys, values, output": w * (2 * q + 2 * repeated), "row statistics": 4 * s.heads + 8}
+    if cpu and (w == 4 or fused):
+        attention["output in packed order"] = w * q
     gates = 2 if s.traits.gated else 1
     if job.full:
         # norms keep x and its normalised form, linears the input they cast
@@ -380,8 +383,10 @@ def saved_per_token(job: Job) -> dict[str, float]:
             "inputs of linears": w * d * (2 if w == 4 else casts),
         }
         return {**norms, **attention, "gate, up, their products": w * i * (gates + 2)}
-    if job.kernels == "fused":
-        inputs = {"residual stream": w * d, "normed inputs": 2 * w * d}
+    if fused:
+        # what an RMSNorm returns is made again from the residual stream; other norms are not ours
+        normed = 0 if s.traits.gated else 2 * w * d
+        inputs = {"residual stream": w * d, "normed inputs": normed}
         return {**inputs, **attention, "gate and up": w * i * gates}
     low_rank = 4 * job.lora_r * len(s.linears)
     if w == 4:

@@ -141,13 +141,13 @@ def test_sizes_of_gpus():
 # ---- what autograd keeps
 
 
-def kept_by_autograd(dtype, *, lora: bool) -> float:
+def kept_by_autograd(dtype, *, lora: bool, fused: bool) -> float:
     """Bytes per token and layer that autograd saves besides the layer's input: a model of three layers less one of two."""
     totals = []
     for layers in (2, 3):
         shape = Shape("", 256, 704, layers, 4, 1, 48, 128, False, memory.ARCHITECTURES["qwen2"])
         policy = Policy(AutoModelForCausalLM.from_config(config_of("qwen2", shape)).to(dtype), None)
-        if hasattr(policy, "unfuse"):
+        if not fused:
             policy.unfuse()
         if lora:
             policy.model.requires_grad_(False)
@@ -167,19 +167,23 @@ def kept_by_autograd(dtype, *, lora: bool) -> float:
     return totals[1] - totals[0]
 
 
-@pytest.mark.parametrize(("dtype", "lora"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
-def test_saved_bytes_are_those_that_autograd_keeps_of_a_layer(dtype, lora):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", ["fused", "peft", "all weights"])
+def test_saved_bytes_are_those_that_autograd_keeps_of_a_layer(dtype, kernels):
+    if kernels == "all weights" and dtype == torch.bfloat16:
+        pytest.skip("16-bit weights are not trained; under autocast linears keep casts")
+    lora, fused = kernels != "all weights", kernels == "fused"
     shape = Shape("", 256, 704, 2, 4, 1, 48, 128, False, memory.ARCHITECTURES["qwen2"])
     base = "fp32" if dtype == torch.float32 else "bf16"
-    job = Job(shape=shape, full=not lora, base=base, lora_r=8, kernels="peft", device="cpu")
+    job = Job(shape=shape, full=not lora, base=base, lora_r=8, kernels="fused" if fused else "peft", device="cpu")
     made = plan(replace(job, length=256, checkpointing=False))
     planned = made.total("inputs") / 256 / shape.layers
-    assert planned == pytest.approx(kept_by_autograd(dtype, lora=lora), rel=0.02)
+    assert planned == pytest.approx(kept_by_autograd(dtype, lora=lora, fused=fused), rel=0.02)
 
 
-@pytest.mark.parametrize(("shape", "fused", "peft"), [(QWEN, 111, 314), (LLAMA, 100, 289)], ids=["qwen", "llama"])
+@pytest.mark.parametrize(("shape", "fused", "peft"), [(QWEN, 97, 314), (LLAMA, 84, 289)], ids=["qwen", "llama"])
 def test_saved_bytes_of_a_7b_layer(shape, fused, peft):
-    """KiB per token and layer; PEFT's were measured on real layers, see bench/results."""
+    """KiB per token and layer on a GPU, besides the layer's input; PEFT's were measured on real layers."""
     for kernels, kib in (("fused", fused), ("peft", peft)):
         assert sum(memory.saved_per_token(Job(shape=shape, kernels=kernels)).values()) / 1024 == pytest.approx(
             kib, abs=0.6
