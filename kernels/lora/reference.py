@@ -17,7 +17,7 @@ def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
 
 def _silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.sigmoid(z)
-    return z * p, p * (1.0 + z * (1.0 - p))
+    return z * p, (1.0 - p).mul_(z).add_(1.0).mul_(p)
 
 
 def _gelu_tanh_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,13 +35,15 @@ ACTIVATIONS = {
 
 def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return act(gate) * up."""
-    return ACTIVATIONS[activation][0](gate) * up
+    return ACTIVATIONS[activation][0](gate).mul_(up)
 
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return d gate and d up, and write act(gate) * up, which the weights behind it need, over ``grad``."""
     value, slope = ACTIVATIONS[activation][1](promote(gate))
-    d_gate = (promote(grad) * promote(up) * slope).to(gate.dtype)
-    d_up = (promote(grad) * value).to(up.dtype)
+    # in place, as each of these is as large as the widest tensor of the model
+    d_up = value.mul_(promote(grad)).to(up.dtype)
+    d_gate = slope.mul_(promote(grad)).mul_(promote(up)).to(gate.dtype)
+    del value, slope
     grad.copy_(gated_forward(gate, up, activation))
     return d_gate, d_up

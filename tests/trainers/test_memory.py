@@ -109,7 +109,7 @@ def test_the_planned_peak_is_within_ten_percent_of_what_the_allocator_saw(name, 
     method, more = RUNS[name]
     prompts = [{"prompt": c * 63} for c in "abcdefgh"]
     pairs = [{"prompt": "a" * 125, "chosen": "b" * 125, "rejected": "c" * 125} for _ in range(4)]
-    sft = [{"prompt": "a" * 125, "completion": "b" * 125} for _ in range(8)]
+    sft = [{"prompt": c * 125, "completion": "!" * 125} for c in "abcdefgh"]
     rows = {"sft": sft, "dpo": pairs, "reward": pairs}.get(method, prompts)
     more = {"gradient_checkpointing": True, "max_steps": 2, "logging_steps": 9, "lora_r": 8, **more}
     if method in ("grpo", "ppo"):
