@@ -16,7 +16,7 @@ a summed cross entropy        the gradients themselves, as g is known beforehand
                               (in the call, what fits ``kept_bytes`` of the rows)
 ============================  =======================================================  =============
 
-A head with a low-rank adapter, W + B A, is never added up: its logits are a sum of two products, and x B^T costs r / D of
+A head with a low-rank adapter, W + B A, is never summed: its logits are a sum of two products, and x B^T costs r / D of
 a GEMM. Where B is trained and W is not, the gradient of B needs onehot - softmax once g is known, as that of a trained
 head does, but its product is r wide: one V-sized GEMM less than in the rows of the table that say "and head".
 """

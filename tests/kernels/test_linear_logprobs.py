@@ -756,7 +756,8 @@ def test_float32_adapters_get_unrounded_gradients_from_a_16_bit_head(backend, de
         exact = torch.autograd.grad((exact * upstream[0].double()).sum() * scale, doubles)
         for got, want in zip(found, exact):
             assert got.dtype == torch.float32 and (got != got.to(dtype).float()).any()
-            assert (got.double() - want).norm() <= 3e-3 * want.norm()
+            # Triton's interpreter cuts bf16 off where a GPU rounds
+            assert (got.double() - want).norm() <= 6e-3 * want.norm()
 
 
 def test_ignored_rows_of_a_low_rank_input_are_never_read(backend, device, monkeypatch):
