@@ -10,7 +10,7 @@ from rlhf_fast.models import load
 
 ROWS = [{"prompt": f"{i}=", "completion": w} for i, w in enumerate(("a", "bc", "d", "ef"))]
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "lm_head"], "max_steps": 2}
-SCRIPT = {"1+1=": ["2", "two"], "go ": ["left", "right"]}
+SCRIPT = {"1+1=": ["2", "two"], "x=": ["left", "right"]}
 
 
 @pytest.fixture

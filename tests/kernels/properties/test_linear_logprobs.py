@@ -112,7 +112,7 @@ class Head:
                 x = torch.where(self.keep[..., None], self.tensors[name].double(), 0.0).abs()
                 ulps = torch.finfo(dtype).eps / torch.finfo(self.tensors[name].dtype).eps
                 products[name] = ulps * rows @ self.tensors[matrix].double().abs()
-                products[matrix] = 2 * ulps * rows.T @ x.reshape(len(rows), -1)
+                products[matrix] = 2 * ulps * rows.T @ x.reshape(len(rows), x.shape[-1])
         return {name: x.max().item() if x.numel() else 0.0 for name, x in products.items()}
 
     def fused(self, function, hidden, weight, bias=None, x=None, b=None, **options):
