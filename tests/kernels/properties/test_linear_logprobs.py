@@ -105,7 +105,8 @@ class Head:
         dtype = self.tensors["hidden"].dtype
         if self.row_gradients is None or dtype == torch.float32:
             return {}
-        rows = self.row_gradients.abs().view(-1, self.vocab_size)
+        # a row that is NaN is compared as such
+        rows = self.row_gradients.abs().nan_to_num(nan=0.0).view(-1, self.vocab_size)
         products = {"bias": rows.sum(0)}
         for name, matrix in (("hidden", "weight"), ("x", "b")):
             if name in self.tensors:
