@@ -32,6 +32,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -327,13 +328,21 @@ class Adapters:
     def low_rank(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the active adapter adds to the output of ``layer`` for inputs x (N, I): y (N, r) and B (O, r), as y B^T.
 
-        y = scaling * A x, made in A's dtype as PEFT makes it (autocast's inside autocast). None: it adds nothing.
+        y = scaling * A x, made in A's dtype as PEFT makes it (autocast's inside autocast), of which x alone is kept for
+        the backward pass. None: it adds nothing.
         """
         name = self.active
         if name is None or not is_lora(layer) or name not in layer.lora_A:
             return None
         a, dropout = layer.lora_A[name], layer.lora_dropout[name]
-        return layer.scaling[name] * a(dropout(x.to(a.weight.dtype))), layer.lora_B[name].weight
+        drops = isinstance(dropout, nn.Dropout)
+
+        def project(x: Tensor) -> Tensor:
+            return a(dropout(x.to(a.weight.dtype)))
+
+        # autograd would keep what dropout leaves of x, or a float32 copy of it; r columns are soon made again
+        y = checkpoint(project, x, use_reentrant=False, preserve_rng_state=drops)
+        return layer.scaling[name] * y, layer.lora_B[name].weight
 
     def save(self, name: str, folder: Path) -> None:
         """Write adapter ``name`` into ``folder`` as PEFT does: adapter_config.json, adapter_model.safetensors."""

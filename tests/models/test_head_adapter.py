@@ -204,6 +204,24 @@ def test_its_dropout_drops_in_training_only(folder, examples):
     assert not torch.equal(policy.train().logprobs(batch), policy.logprobs(batch))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_hidden_states_are_kept_once_and_not_in_float32(folder, dropout):
+    """For B's and A's gradients autograd keeps bf16 hidden states and nothing else as large."""
+    policy = adapted(folder(), dropout=dropout, dtype=torch.bfloat16).train()
+    hidden = torch.randn(300, SIZES["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y, _ = policy.adapters.low_rank(policy.model.lm_head, hidden)
+    assert kept.pop(hidden.untyped_storage().data_ptr()) == hidden.nbytes and sum(kept.values()) <= 4 * y.nbytes
+    y.sum().backward()
+    assert hidden.grad.any() and policy.adapters.parameters("policy")["lm_head.lora_A.weight"].grad.any()
+
+
 def test_fusion_leaves_the_head_alone(folder):
     policy = adapted(folder())
     assert policy.fusion.fused["LoRA layers"] == SIZES["num_hidden_layers"]
