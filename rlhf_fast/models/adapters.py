@@ -33,7 +33,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
@@ -372,7 +372,7 @@ class Adapters:
             head = plain_layer(model.get_output_embeddings())
             # merged in place, the adapter would change the embeddings too
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-            _untie(model)
+            _untie(model.config)
         return merged.merge_and_unload(adapter_names=[name])
 
     def _unties(self, name: str) -> bool:
@@ -403,10 +403,10 @@ class Adapters:
                 weights[f"{key.removesuffix('.base_layer')}.{part}"] = weight
         config = copy.deepcopy(self.model.config)
         del config.quantization_config
+        if self._unties(name):
+            _untie(config)
         with torch.device("meta"):
             plain = type(self.model)(config)
-        if self._unties(name):
-            _untie(plain)
         plain.load_state_dict(weights, strict=False, assign=True)
         for key, buffer in self.model.named_buffers():  # rotary frequencies are in no state dict
             owner, _, part = key.rpartition(".")
@@ -421,10 +421,9 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return head is not None and plain_layer(head).weight is embeddings.weight
 
 
-def _untie(model: PreTrainedModel) -> None:
-    """Have ``model`` written and read back with a head of its own."""
-    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    model.all_tied_weights_keys = {}  # transformers collects them when a model is made
+def _untie(config: PretrainedConfig) -> None:
+    """Have the configuration's model made, and read back, with a head of its own."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
 @contextlib.contextmanager
