@@ -2,12 +2,12 @@
 
     python -m bench.loading --gb 2 --shard_mb 200
 
-A random checkpoint of a Qwen2 shape is written shard by shard into a temporary folder, then each way of loading runs in a
-process of its own. What counts is memory that the process allocates (RssAnon in /proc): it cannot be taken back without
-swapping. Pages of the files themselves, which are mapped, show up in RSS and in VmHWM too, but are the kernel's cache of
-the disk: they go as soon as somebody needs the memory. On a CPU the model itself counts as allocated, except bf16 weights
-loaded as bf16, which stay mapped from the files. *extra* is the peak above what the loaded model holds; it must stay below
-one shard, whatever the checkpoint's size.
+A random checkpoint of a Qwen2 shape is written shard by shard into a temporary folder, then each way of loading runs
+in a process of its own. What counts is memory that the process allocates (RssAnon in /proc): it cannot be taken back
+without swapping. Pages of the files themselves, which are mapped, show up in RSS and in VmHWM too, but are the
+kernel's cache of the disk: they go as soon as somebody needs the memory. On a CPU the model itself counts as
+allocated, except bf16 weights loaded as bf16, which stay mapped from the files. *extra* is the peak above what the
+loaded model holds; it must stay below one shard, whatever the checkpoint's size.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ COMMANDS = {
         "commands.quickstart:main",
     ),
     "new-model": Command("start", "make a small model and its tokenizer from scratch", "commands.new_model:main"),
+    "plan": Command("start", "what a run needs in memory, and which settings make it fit", "commands.plan:main"),
     "sft": Command(
         "train",
         "supervised fine-tuning on prompts with their responses",

@@ -44,7 +44,9 @@ RESERVED = {
     "verl": ("integrations/verl.py",),
 }
 # what every trainer is built on, and the one that continues another
-SHARED_TRAINER_FILES = tuple(f"rlhf_fast.trainers.{name}" for name in ("trainer", "config", "optimizers", "rl"))
+SHARED_TRAINER_FILES = tuple(
+    f"rlhf_fast.trainers.{name}" for name in ("trainer", "config", "optimizers", "rl", "memory")
+)
 CONTINUES = {"safe_ppo": "ppo"}
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels.kl.triton_impl import arrival_counter, arrives_last, kl_estimate
-from rlhf_fast.kernels.logprobs.triton_impl import OPTIONS, boundaries, unsupported
+from rlhf_fast.kernels.logprobs.triton_impl import OPTIONS, boundaries, clear_unclaimed, load_kept, unsupported
 
 __all__ = [
     "gae",
@@ -29,8 +29,8 @@ __all__ = [
 
 BLOCK, WARPS = 1024, 4
 PACKED_BLOCK = 512
-# of a scan, whose maps take room: one 16-byte vector of tokens a thread
-SCAN_WARPS = 8
+# of a scan: two 16-byte vectors of tokens a thread, and room for six programs on a processor
+SCAN_WARPS = 4
 # what one program whitens by itself, in one launch: 32 numbers a thread
 SMALL, SMALL_WARPS = 8192, 8
 # programs whose moments are merged at a time
@@ -85,13 +85,14 @@ def gae_kernel(
         start = (blocks - 1 - i) * BLOCK
         token = start + lane
         at = first + start + lane
-        # the mask guards the loads too: a masked entry is never read
         keep = tl.load(mask_ptr + at, mask=token < length, other=0) != 0
-        value = tl.load(values_ptr + at, mask=keep, other=0.0)
-        reward = tl.load(rewards_ptr + at, mask=keep, other=0.0)
+        value = load_kept(values_ptr, at, token < length, keep)
+        reward = load_kept(rewards_ptr, at, token < length, keep)
         advantage, ret, carry = scan(reward, value, keep, carry, lane, gamma, lam, BLOCK)
         tl.store(advantages_ptr + at, advantage, mask=token < length)
         tl.store(returns_ptr + at, ret, mask=token < length)
+    clear_unclaimed(advantages_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
+    clear_unclaimed(returns_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def shape(
 ):
     """Of a block: what counts, KL and rewards; and whether anything counts from here to the end of the sequence."""
     keep = tl.load(mask_ptr + at, mask=token < length, other=0) != 0
-    d = tl.load(ref_logprobs_ptr + at, mask=keep, other=0.0) - tl.load(logprobs_ptr + at, mask=keep, other=0.0)
+    d = load_kept(ref_logprobs_ptr, at, token < length, keep) - load_kept(logprobs_ptr, at, token < length, keep)
     kl, _ = kl_estimate(d, ESTIMATOR)
     kl = tl.where(keep, kl, 0.0)
     last = tl.max(tl.where(keep, token, -1), 0)
@@ -150,6 +151,7 @@ def shaped_rewards_kernel(
         tensors = logprobs_ptr, ref_logprobs_ptr, mask_ptr, at, token, length
         _, _, reward, has_later = shape(*tensors, score, kl_coef, has_later, ESTIMATOR)
         tl.store(rewards_ptr + at, reward, mask=token < length)
+    clear_unclaimed(rewards_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
 
 
 @triton.jit
@@ -247,7 +249,7 @@ def kl_shaped_gae_kernel(
         at = first + start + lane
         tensors = logprobs_ptr, ref_logprobs_ptr, mask_ptr, at, token, length
         keep, kl, reward, has_later = shape(*tensors, score, kl_coef, has_later, ESTIMATOR)
-        value = tl.load(values_ptr + at, mask=keep, other=0.0)
+        value = load_kept(values_ptr, at, token < length, keep)
         advantage, ret, carry = scan(reward, value, keep, carry, lane, gamma, lam, BLOCK)
         tl.store(kl_ptr + at, kl, mask=token < length)
         tl.store(rewards_ptr + at, reward, mask=token < length)
@@ -255,6 +257,10 @@ def kl_shaped_gae_kernel(
         tl.store(returns_ptr + at, ret, mask=token < length)
         if WHITEN:
             count, mean, square = merge(count, mean, square, *moments_of(advantage, keep))
+    clear_unclaimed(kl_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
+    clear_unclaimed(rewards_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
+    clear_unclaimed(advantages_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
+    clear_unclaimed(returns_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
     if WHITEN:
         store_moments(partials_ptr, count, mean, square)
         merge_moments(partials_ptr, arrived_ptr, moments_ptr, eps, LANES)
@@ -264,7 +270,7 @@ def kl_shaped_gae_kernel(
 def load_block(x_ptr, mask_ptr, num_tokens, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = tl.load(mask_ptr + at, mask=at < num_tokens, other=0) != 0
-    return at, keep, tl.load(x_ptr + at, mask=keep, other=0.0)
+    return at, keep, load_kept(x_ptr, at, at < num_tokens, keep)
 
 
 @triton.jit
@@ -289,15 +295,21 @@ def whiten_kernel(
     x_ptr,
     mask_ptr,
     moments_ptr,
+    cu_seqlens_ptr,
     out_ptr,
     num_tokens,
+    num_sequences,
     eps,
     SHIFT_MEAN: tl.constexpr,
     ALONE: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``out`` may be ``x``. A program that is ALONE takes the moments itself."""
     at, keep, x = load_block(x_ptr, mask_ptr, num_tokens, BLOCK)
+    if PACKED:
+        # tokens of no sequence stay 0
+        keep &= (at >= tl.load(cu_seqlens_ptr)) & (at < tl.load(cu_seqlens_ptr + num_sequences))
     if ALONE:
         count, mean, square = moments_of(x, keep)
         scale = 1.0 / tl.sqrt_rn(square / tl.maximum(count, 1.0) + eps)
@@ -518,7 +530,7 @@ def kl_shaped_gae(
         **OPTIONS,
     )
     if whiten:
-        _apply_moments(results[0], mask, moments, results[0], True, eps)
+        _apply_moments(results[0], mask, cu_seqlens, moments, results[0], True, eps)
     return results
 
 
@@ -528,14 +540,14 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool, eps: float) -> Tensor:
     if 0 < num_tokens <= SMALL:
         # at most two sizes, for the compiler's sake
         size, warps = (BLOCK, WARPS) if num_tokens <= BLOCK else (SMALL, SMALL_WARPS)
-        options = {"SHIFT_MEAN": shift_mean, "ALONE": True, "BLOCK": size, "num_warps": warps}
-        whiten_kernel[(1,)](x, mask.view(torch.uint8), x, out, num_tokens, eps, **options, **OPTIONS)
+        options = {"SHIFT_MEAN": shift_mean, "ALONE": True, "PACKED": False, "BLOCK": size, "num_warps": warps}
+        whiten_kernel[(1,)](x, mask.view(torch.uint8), x, x, out, num_tokens, 0, eps, **options, **OPTIONS)
     elif num_tokens:
         programs = triton.cdiv(num_tokens, BLOCK)
         partials, moments = x.new_empty(3 * programs + 2).split([3 * programs, 2])
         arguments = (x, mask.view(torch.uint8), partials, arrival_counter(x.device), moments, num_tokens, eps)
         moments_kernel[(programs,)](*arguments, LANES=LANES, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS)
-        _apply_moments(x, mask, moments, out, shift_mean, eps)
+        _apply_moments(x, mask, None, moments, out, shift_mean, eps)
     return out
 
 
@@ -559,15 +571,19 @@ def group_advantages(rewards: Tensor, group_ids: Tensor | None, group_size: int,
     return out
 
 
-def _apply_moments(x: Tensor, mask: Tensor, moments: Tensor, out: Tensor, shift_mean: bool, eps: float) -> None:
-    arguments = (x, mask.view(torch.uint8), moments, out, x.numel(), eps)
-    options = {"SHIFT_MEAN": shift_mean, "ALONE": False, "BLOCK": BLOCK, "num_warps": WARPS}
+def _apply_moments(
+    x: Tensor, mask: Tensor, cu_seqlens: Tensor | None, moments: Tensor, out: Tensor, shift_mean: bool, eps: float
+) -> None:
+    packed = cu_seqlens is not None
+    bounds, sequences = (cu_seqlens, len(cu_seqlens) - 1) if packed else (x, 0)
+    arguments = (x, mask.view(torch.uint8), moments, bounds, out, x.numel(), sequences, eps)
+    options = {"SHIFT_MEAN": shift_mean, "ALONE": False, "PACKED": packed, "BLOCK": BLOCK, "num_warps": WARPS}
     whiten_kernel[(triton.cdiv(x.numel(), BLOCK),)](*arguments, **options, **OPTIONS)
 
 
 def _sequences(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, dict[str, int]]:
-    """How many programs, the width of a padded row, and the launch options of a program that walks a sequence."""
-    count, width = mask.shape if cu_seqlens is None else (len(cu_seqlens) - 1, 0)
+    """How many programs, how many tokens a row or everything packed has, and the launch options of a program that walks a sequence."""
+    count, width = mask.shape if cu_seqlens is None else (len(cu_seqlens) - 1, len(mask))
     # one block for all packed sequences: chosen by their lengths, a sequence's bits would depend on its neighbours
     length = width if cu_seqlens is None else PACKED_BLOCK
     block = max(min(BLOCK, 32), min(triton.next_power_of_2(max(length, 1)), BLOCK))

@@ -4,11 +4,13 @@ How a row is cut into tiles depends on V alone, and the tiles' statistics are co
 the same bits whatever rows surround it, and a few rows of a large vocabulary still keep every processor busy.
 
 A logit costs its own bytes forward, and its own twice backward (read and written); the statistics of a tile are 12
-bytes. All loads are of 16 bytes per thread where V allows. float64 is left to the reference.
+bytes. All loads but those of a last, partial tile are of 16 bytes per thread where rows begin at multiples of that. What
+a tile costs beside its bytes is instructions, so exponentials have base 2. float64 is left to the reference.
 """
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -19,7 +21,9 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # fused multiply-adds, said explicitly as the default differs between Triton releases
 OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
-FORWARD_TILE_BYTES, BACKWARD_TILE = 16384, 4096
+TILE, CAPPED_TILE = 8192, 4096
+LOG2_E = math.log2(math.e)
+_LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(math.log(2))
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
@@ -30,17 +34,29 @@ def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
     return None
 
 
-def tiling(vocab_size: int, largest: int) -> dict[str, int]:
-    """The launch options that follow from V: entries of a tile, tiles of a row, warps (16 or 32 entries a thread)."""
-    block = min(triton.next_power_of_2(vocab_size), largest)
-    return {"BLOCK": block, "TILES": triton.cdiv(vocab_size, block), "num_warps": max(1, min(8, block // 512))}
+def tiling(vocab_size: int, softcap: float | None) -> dict[str, int]:
+    """The launch options that follow from V: entries of a tile, tiles of a row, warps (16 or 32 entries a thread).
+
+    The same with and without a gradient, for any dtype. What a tile does once costs a thread as much as a dozen
+    entries, so tiles are as large as registers allow.
+    """
+    block = min(triton.next_power_of_2(vocab_size), TILE if softcap is None else CAPPED_TILE)
+    return {
+        "BLOCK": block,
+        "TILES": triton.cdiv(vocab_size, block),
+        "num_warps": max(1, min(8, block // 512)),
+        "HAS_SOFTCAP": softcap is not None,
+    }
 
 
 def softmax_scales(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float, float]:
-    """Return (inner, outer): the softmax is taken of x * outer, or with a softcap of outer * tanh(x * inner)."""
+    """Return (inner, outer) > 0: the softmax has base 2 and is taken of x * outer, or of outer * tanh(x * inner).
+
+    2^x is one instruction where e^x is six, and folded into this scale the base costs nothing.
+    """
     if softcap is None:
-        return 1.0, logit_scale / temperature
-    return logit_scale / softcap, softcap / temperature
+        return 1.0, logit_scale / temperature * LOG2_E
+    return logit_scale / softcap, softcap / temperature * LOG2_E
 
 
 def empty_results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +68,7 @@ def empty_results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent: by exp, and by its series where that would cancel. The interpreter has no libdevice."""
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))
     big = (1.0 - e) / (1.0 + e)
     s = x * x
     small = 1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * (0.021869488 - s * 0.008863236))))
@@ -69,49 +85,75 @@ def squash(x, inner, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def slope(u, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """d (u * outer) / d x for u = squash(x)."""
-    if HAS_SOFTCAP:
-        outer = outer * inner * (1.0 - u * u)
-    return outer
+def load_tile(row_ptr, first, end, EVICTION: tl.constexpr, BLOCK: tl.constexpr):
+    """Entries ``first + lane`` of a row, -inf from ``end`` on. A full tile is read without a mask: in vectors of 16
+    bytes whatever V, as long as rows begin at multiples of that."""
+    at = row_ptr + first + tl.arange(0, BLOCK)
+    if first + BLOCK <= end:
+        x = tl.load(at, eviction_policy=EVICTION)
+    else:
+        inside = first + tl.arange(0, BLOCK) < end
+        x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy=EVICTION)
+    return x
+
+
+@triton.jit
+def store_tile(row_ptr, first, end, x, BLOCK: tl.constexpr):
+    at = row_ptr + first + tl.arange(0, BLOCK)
+    if first + BLOCK <= end:
+        tl.store(at, x.to(row_ptr.dtype.element_ty), eviction_policy="evict_first")
+    else:
+        inside = first + tl.arange(0, BLOCK) < end
+        tl.store(at, x.to(row_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def distance(u, top, outer):
+    """How far the softmax's argument is below its maximum, in base 2: <= 0, and 0 for whatever equals ``top``.
+
+    Subtracted first, as the product of 100 and a factor loses the digits that a token with p = 0.9996 needs, and that
+    of the lowest finite number, which masks words, overflows.
+    """
+    # of a tile of -inf alone: any finite maximum keeps 2^-inf at 0 instead of NaN
+    return (u - tl.where(top == float("-inf"), 0.0, top)) * outer
 
 
 @triton.jit
 def tile_statistics(x, column, vocab_size, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """Of the softmax's argument z: its maximum, the sum of e = exp(z - maximum), and the sum of e (z - maximum)."""
+    """The maximum of u = squash(x), the sum of e = 2^d over its distances d to that, and the sum of e d."""
     u = squash(x, inner, HAS_SOFTCAP)
-    # a softcap makes something finite of the -inf that was loaded behind the end
-    inside = column < vocab_size
-    peak = tl.max(tl.where(inside, u * outer, float("-inf")), 0)
-    # a tile of -inf alone: any finite offset keeps exp(-inf) at 0 instead of NaN
-    offset = tl.where(peak == float("-inf"), 0.0, peak)
-    d = tl.where(inside, tl.fma(u, outer, -offset), float("-inf"))
-    e = tl.exp(d)
-    return peak, tl.sum(e, 0), tl.sum(tl.where(e == 0.0, 0.0, e * d), 0)
+    if HAS_SOFTCAP:
+        # the cap makes something finite of the -inf behind the end
+        u = tl.where(column < vocab_size, u, float("-inf"))
+    top = tl.max(u, 0)
+    d = distance(u, top, outer)
+    e = tl.exp2(d)
+    # below 2^-126 e is 0 and d, which may be -inf, must not matter
+    return top, tl.sum(e, 0), tl.sum(e * tl.maximum(d, -126.0), 0)
 
 
 @triton.jit
-def store_statistics(partials_ptr, tile, num_tiles, peak, total, moment):
+def store_statistics(partials_ptr, tile, num_tiles, top, total, moment):
     partial = partials_ptr + tile.to(tl.int64)
-    tl.store(partial, peak)
+    tl.store(partial, top)
     tl.store(partial + num_tiles, total)
     tl.store(partial + 2 * num_tiles.to(tl.int64), moment)
 
 
 @triton.jit
-def combined_statistics(partials_ptr, row, num_tiles, TILES: tl.constexpr, LANES: tl.constexpr):
+def combined_statistics(partials_ptr, row, num_tiles, outer, TILES: tl.constexpr, LANES: tl.constexpr):
     """The statistics of a row from those of its tiles, summed in an order that only TILES decides."""
     lane = tl.arange(0, LANES)
     partial = partials_ptr + row * TILES + lane
     # past the L1 cache, which does not see what other processors write
-    peaks = tl.load(partial, mask=lane < TILES, other=float("-inf"), cache_modifier=".cg")
+    tops = tl.load(partial, mask=lane < TILES, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(partial + num_tiles, mask=lane < TILES, other=0.0, cache_modifier=".cg")
     moments = tl.load(partial + 2 * num_tiles.to(tl.int64), mask=lane < TILES, other=0.0, cache_modifier=".cg")
-    peak = tl.max(peaks, 0)
-    shift = peaks - tl.where(peak == float("-inf"), 0.0, peak)
-    decay = tl.exp(shift)
-    moments = decay * (moments + tl.where(decay == 0.0, 0.0, shift) * totals)
-    return peak, tl.sum(decay * totals, 0), tl.sum(moments, 0)
+    top = tl.max(tops, 0)
+    shift = distance(tops, top, outer)
+    decay = tl.exp2(shift)
+    moments = decay * (moments + tl.maximum(shift, -126.0) * totals)
+    return top, tl.sum(decay * totals, 0), tl.sum(moments, 0)
 
 
 @triton.jit
@@ -123,17 +165,18 @@ def squashed_label(row_ptr, label, vocab_size, inner, HAS_SOFTCAP: tl.constexpr)
 
 @triton.jit
 def store_results(
-    logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index, u_label, outer, peak, total, moment
+    logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index, u_label, outer, top, total, moment
 ):
-    log_total = tl.log(total)
-    # not minus their sum: at logits near 100 its rounding is 1% of p - 1 for a token with p = 0.9996
-    logprob = tl.fma(u_label, outer, -peak) - log_total
+    log_total = tl.log2(total)
+    logprob = _LN_2 * (distance(u_label, top, outer) - log_total)
     logprob = tl.where((label >= 0) & (label < vocab_size), logprob, float("nan"))
-    entropy = log_total - moment / total
+    entropy = _LN_2 * (log_total - moment / total)
     keep = label != ignore_index
     tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
     tl.store(entropy_ptr + row, tl.where(keep, entropy, 0.0))
-    tl.store(lse_ptr + row, peak.to(tl.float64) + log_total.to(tl.float64))
+    # outer as a float32 tensor, which the interpreter's arguments are not
+    peak = top.to(tl.float64) * (tl.zeros_like(top) + outer).to(tl.float64)
+    tl.store(lse_ptr + row, tl.full((), _LN_2, tl.float64) * (peak + log_total.to(tl.float64)))
 
 
 @triton.jit
@@ -157,11 +200,10 @@ def forward_kernel(
     tile = tl.program_id(0)
     row = (tile // TILES).to(tl.int64)
     row_ptr = logits_ptr + row * stride
-    column = (tile % TILES) * BLOCK + tl.arange(0, BLOCK)
+    first = (tile % TILES) * BLOCK
     label = tl.load(labels_ptr + row)
-    mask = column < tl.where(label == ignore_index, 0, vocab_size)
-    x = tl.load(row_ptr + column, mask=mask, other=float("-inf"), eviction_policy="evict_first")
-    statistics = tile_statistics(x, column, vocab_size, inner, outer, HAS_SOFTCAP)
+    x = load_tile(row_ptr, first, tl.where(label == ignore_index, 0, vocab_size), "evict_first", BLOCK)
+    statistics = tile_statistics(x, first + tl.arange(0, BLOCK), vocab_size, inner, outer, HAS_SOFTCAP)
     if TILES == 1:
         u_label = squashed_label(row_ptr, label, vocab_size, inner, HAS_SOFTCAP)
         outputs = logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index
@@ -191,9 +233,28 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     u_label = squashed_label(logits_ptr + row * stride, label, vocab_size, inner, HAS_SOFTCAP)
-    statistics = combined_statistics(partials_ptr, row, tl.num_programs(0) * TILES, TILES, LANES)
+    statistics = combined_statistics(partials_ptr, row, tl.num_programs(0) * TILES, outer, TILES, LANES)
     outputs = logprobs_ptr, entropy_ptr, lse_ptr, row, label, vocab_size, ignore_index
     store_results(*outputs, u_label, outer, *statistics)
+
+
+@triton.jit
+def normaliser(lse, entropy, outer):
+    """(shift, rest): log2 p = (u - shift) * outer - rest. Two parts, as one float32 cannot hold the log-sum-exp closely
+    enough for p near 1 at logits near 100."""
+    outer = tl.zeros_like(entropy) + outer
+    exact = outer.to(tl.float64)
+    inverse = (1.0 / outer).to(tl.float64)
+    # one step of Newton's from float32's digits to float64's, which spares a division
+    inverse = inverse * (2.0 - exact * inverse)
+    log2_sum = lse * tl.full((), _LOG2_E, tl.float64)
+    shift = (log2_sum * inverse).to(tl.float32)
+    rest = (log2_sum - shift.to(tl.float64) * exact).to(tl.float32)
+    # the rounding of lse alone, which no probability can show: a word without a rival is certain
+    rest = tl.where(tl.abs(rest) < 1e-9, 0.0, rest)
+    # logits so large that log(sum) was lost in their rounding (a row masked with the lowest finite number) are so far
+    # apart that only equal ones count: their entropy is the log of how many there are
+    return shift, tl.where(tl.abs(shift * outer) > 1e9, entropy * _LOG2_E, rest)
 
 
 @triton.jit
@@ -216,37 +277,44 @@ def backward_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per tile, which may be overwritten: nobody else reads it."""
+    """One program per tile, which may be overwritten: nobody else reads it.
+
+    d logprob / d z_j = [j = label] - p_j and d entropy / d z_j = -p_j (log p_j + entropy), so an entry other than the
+    label's is p_j (constant + steepness log2 p_j) with two numbers that the row has in common.
+    """
     tile = tl.program_id(0)
     row = (tile // TILES).to(tl.int64)
-    column = (tile % TILES) * BLOCK + tl.arange(0, BLOCK)
+    first = (tile % TILES) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    out_row_ptr = out_ptr + row * out_stride
     label = tl.load(labels_ptr + row)
-    grad = tl.load(grad_logprobs_ptr + row)
-    nothing = grad == 0.0
+    at_label = tl.load(grad_logprobs_ptr + row)
+    grad_entropy = 0.0
     if HAS_ENTROPY:
-        nothing = nothing & (tl.load(grad_entropy_ptr + row) == 0.0)
-    nothing = nothing | (label == ignore_index)
-    mask = column < tl.where(nothing, 0, vocab_size)
-    x = tl.load(logits_ptr + row * stride + column, mask=mask, other=0.0, eviction_policy="evict_first")
-    grad = tl.where((label >= 0) & (label < vocab_size), grad, float("nan"))
-    # the float64 lse in two float32 parts: only the row's scalar pays for float64
-    lse = tl.load(lse_ptr + row)
-    high = lse.to(tl.float32)
-    low = (lse - high.to(tl.float64)).to(tl.float32)
-    # logits so large that log(sum) was lost in their rounding (a row masked with the lowest finite number) are so far
-    # apart that only equal ones count: their entropy is the log of how many there are
-    low = tl.where(tl.abs(high) > 1e9, tl.load(entropy_ptr + row), low)
-    u = squash(x, inner, HAS_SOFTCAP)
-    log_p = tl.fma(u, outer, -high) - low
-    p = tl.exp(log_p)
-    d_z = grad * (tl.where(column == label, 1.0, 0.0) - p)
-    if HAS_ENTROPY:
-        # p log p is 0 at p = 0, where log p may be -inf
-        surprise = tl.where(p == 0.0, 0.0, p * (log_p + tl.load(entropy_ptr + row)))
-        d_z -= tl.load(grad_entropy_ptr + row) * surprise
-    d_x = tl.where(nothing, 0.0, d_z * slope(u, inner, outer, HAS_SOFTCAP))
-    out = out_ptr + row * out_stride + column
-    tl.store(out, d_x.to(out_ptr.dtype.element_ty), mask=column < vocab_size, eviction_policy="evict_first")
+        grad_entropy = tl.load(grad_entropy_ptr + row)
+    if (label == ignore_index) | ((at_label == 0.0) & (grad_entropy == 0.0)):
+        store_tile(out_row_ptr, first, vocab_size, tl.zeros([BLOCK], tl.float32), BLOCK)
+    else:
+        x = load_tile(logits_ptr + row * stride, first, vocab_size, "evict_first", BLOCK)
+        entropy = tl.load(entropy_ptr + row)
+        shift, rest = normaliser(tl.load(lse_ptr + row), entropy, outer)
+        slope = outer * _LN_2
+        if HAS_SOFTCAP:
+            slope *= inner
+        at_label = tl.where((label >= 0) & (label < vocab_size), at_label * slope, float("nan"))
+        constant = -at_label - slope * grad_entropy * entropy
+        u = squash(x, inner, HAS_SOFTCAP)
+        log2_p = tl.fma(u - shift, outer, -rest)
+        p = tl.exp2(log2_p)
+        if HAS_ENTROPY:
+            # below 2^-126 p is 0 and log p, which may be -inf, must not matter
+            d_x = p * tl.fma(tl.maximum(log2_p, -126.0), -slope * grad_entropy * _LN_2, constant)
+        else:
+            d_x = p * constant
+        d_x = tl.where(lane == (label - first).to(tl.int32), d_x + at_label, d_x)
+        if HAS_SOFTCAP:
+            d_x *= 1.0 - u * u
+        store_tile(out_row_ptr, first, vocab_size, d_x, BLOCK)
 
 
 def token_logprobs_forward(
@@ -259,18 +327,18 @@ def token_logprobs_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, vocab_size = logits.shape
     results = empty_results(logits)
-    sizes = tiling(vocab_size, FORWARD_TILE_BYTES // logits.element_size())
+    sizes = tiling(vocab_size, softcap)
     tiles = sizes["TILES"]
     partials = torch.empty((3, num_rows if tiles > 1 else 0, tiles), dtype=torch.float32, device=logits.device)
     scales = softmax_scales(temperature, softcap, logit_scale)
     arguments = (logits, labels, *results, partials, vocab_size, logits.stride(0), *scales, ignore_index)
-    flags = {"HAS_SOFTCAP": softcap is not None, **OPTIONS}
     if num_rows:
-        forward_kernel[(num_rows * tiles,)](*arguments, **sizes, **flags)
+        forward_kernel[(num_rows * tiles,)](*arguments, **sizes, **OPTIONS)
     if num_rows and tiles > 1:
         lanes = triton.next_power_of_2(tiles)
         # a lane for each partial, so that sums have one order whatever the number of warps
-        combine_kernel[(num_rows,)](*arguments, TILES=tiles, LANES=lanes, num_warps=max(1, lanes // 32), **flags)
+        sizes = {"TILES": tiles, "LANES": lanes, "num_warps": max(1, lanes // 32), "HAS_SOFTCAP": softcap is not None}
+        combine_kernel[(num_rows,)](*arguments, **sizes, **OPTIONS)
     return results
 
 
@@ -288,7 +356,7 @@ def token_logprobs_backward(
     logit_scale: float = 1.0,
 ) -> None:
     num_rows, vocab_size = logits.shape
-    sizes = tiling(vocab_size, BACKWARD_TILE)
+    sizes = tiling(vocab_size, softcap)
     if num_rows:
         backward_kernel[(num_rows * sizes["TILES"],)](
             logits,
@@ -303,7 +371,6 @@ def token_logprobs_backward(
             out.stride(0),
             *softmax_scales(temperature, softcap, logit_scale),
             ignore_index,
-            HAS_SOFTCAP=softcap is not None,
             HAS_ENTROPY=grad_entropy is not None,
             **sizes,
             **OPTIONS,
@@ -316,15 +383,43 @@ SEQUENCE_BLOCK = 1024
 
 @triton.jit
 def boundaries(cu_seqlens_ptr, width, PACKED: tl.constexpr):
-    """First token and number of tokens of this program's sequence."""
+    """First token and number of tokens of this program's sequence: a row of ``width``, or part of ``width`` packed ones.
+
+    Whatever the boundaries say, nothing outside the tensor is reached: on a GPU nobody has checked them.
+    """
     sequence = tl.program_id(0)
     if PACKED:
-        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + sequence + 1) - first).to(tl.int32)
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), width)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), width)
+        first, length = begin.to(tl.int64), tl.maximum(end - begin, 0)
     else:
-        first = sequence.to(tl.int64) * width
-        length = width
+        first, length = sequence.to(tl.int64) * width, width
     return first, length
+
+
+@triton.jit
+def clear_unclaimed(out_ptr, cu_seqlens_ptr, width, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Write zeros to the packed tokens before the first sequence and behind the last, as no sequence writes those."""
+    if PACKED:
+        lane = tl.arange(0, BLOCK)
+        if tl.program_id(0) == 0:
+            stop = tl.minimum(tl.load(cu_seqlens_ptr), width)
+            for start in range(0, stop, BLOCK):
+                tl.store(out_ptr + start + lane, tl.zeros([BLOCK], tl.float32), mask=start + lane < stop)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            begin = tl.maximum(tl.load(cu_seqlens_ptr + tl.num_programs(0)), 0)
+            for start in range(begin, width, BLOCK):
+                tl.store(out_ptr + start + lane, tl.zeros([BLOCK], tl.float32), mask=start + lane < width)
+
+
+@triton.jit
+def load_kept(x_ptr, at, inside, keep):
+    """Values of the tokens that count, 0 for the others, which may hold anything.
+
+    They are loaded all the same: a load that had to wait for the mask would cost its latency twice, and 16-byte loads
+    their neighbours.
+    """
+    return tl.where(keep, tl.load(x_ptr + at, mask=inside, other=0.0), 0.0)
 
 
 @triton.jit
@@ -346,9 +441,9 @@ def sequence_sum_kernel(
     count = total
     for start in range(0, length, BLOCK):
         at = first + start + lane
-        keep = tl.load(mask_ptr + at, mask=start + lane < length, other=0) != 0
-        # the mask guards the load too: a masked entry is never read
-        total += tl.load(logprobs_ptr + at, mask=keep, other=0.0)
+        inside = start + lane < length
+        keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        total += load_kept(logprobs_ptr, at, inside, keep)
         count += keep.to(tl.float32)
     result = tl.sum(total, 0)
     tokens = tl.sum(count, 0)
@@ -380,6 +475,7 @@ def sequence_spread_kernel(
         at = first + start + lane
         keep = tl.load(mask_ptr + at, mask=start + lane < length, other=0) != 0
         tl.store(out_ptr + at, tl.where(keep, grad, 0.0), mask=start + lane < length)
+    clear_unclaimed(out_ptr, cu_seqlens_ptr, width, PACKED, BLOCK)
 
 
 def sequence_logprobs(
@@ -406,10 +502,9 @@ def sequence_logprobs_backward(
 
 
 def _walk(mask: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
-    """Launch options of a program per sequence: the width of a row, 0 if packed, and the block it walks in."""
+    """Launch options of a program per sequence: how many tokens a row or everything packed has, and the block."""
     packed = cu_seqlens is not None
     # the longest packed sequence would have to be read back; the mean length chooses the block
     length = triton.cdiv(mask.numel(), max(len(cu_seqlens) - 1, 1)) if packed else mask.shape[1]
     block = min(max(triton.next_power_of_2(max(length, 1)), 128), SEQUENCE_BLOCK)
-    width = 0 if packed else mask.shape[1]
-    return {"width": width, "PACKED": packed, "BLOCK": block, "num_warps": max(1, block // 256)}
+    return {"width": mask.shape[-1], "PACKED": packed, "BLOCK": block, "num_warps": max(1, block // 256)}

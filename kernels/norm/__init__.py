@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
 
     in float32, with transformers' two orders of rounding: Llama, Qwen and Mistral round the quotient to x's type and
     then multiply (``round_first=True``); Gemma multiplies first, by 1 + w (``offset=1.0, round_first=False``).
-    Keeps x as it is and one number a row; plain PyTorch keeps a float32 copy of x and the rounded quotient besides.
+    Keeps x as it is and one number a row; plain PyTorch keeps a float32 copy of x.
 
     Args:
         x: (..., D) float.

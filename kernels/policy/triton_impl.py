@@ -4,8 +4,8 @@ A program takes a block of tokens, or a whole sequence where a sequence decides 
 which of its tokens belong together. It leaves one row of partial sums. The program that arrives last adds up all rows
 in their order, whoever that is, so the results are the same bits every time, and writes loss and metrics.
 
-A token costs what is read of it (mask 1 byte, 4 for each tensor given, nothing more where it is masked) and 4 bytes of
-gradient. Only a clipped ratio of the whole sequence reads more: its gradient is spread in another pass.
+A token costs what is read of it (mask 1 byte, 4 for each tensor given) and 4 bytes of gradient. Masked tokens are read
+too, in vectors with their neighbours, and then left out by selection. Only a clipped ratio of the whole sequence reads more: its gradient is spread in another pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf_fast.kernels.kl.triton_impl import (
     kl_estimate,
     span,
 )
-from rlhf_fast.kernels.logprobs.triton_impl import OPTIONS, unsupported
+from rlhf_fast.kernels.logprobs.triton_impl import OPTIONS, clear_unclaimed, load_kept, unsupported
 
 from .reference import MAX_LOG_RATIO
 from .terms import FIGURES, VALUE_FIGURES, PolicyOptions, PolicyTokens, ValueTokens
@@ -128,17 +128,19 @@ def finish(
 
 @triton.jit
 def load_ratio(logprobs_ptr, old_ptr, mask_ptr, at, inside, HAS_OLD: tl.constexpr):
-    """Of each token: whether it counts, its log-probability now and before. The mask guards the loads."""
+    """Of each token: whether it counts, its log-probability now and before."""
     keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
-    logprob = tl.load(logprobs_ptr + at, mask=keep, other=0.0)
+    logprob = load_kept(logprobs_ptr, at, inside, keep)
     old = logprob
     if HAS_OLD:
-        old = tl.load(old_ptr + at, mask=keep, other=0.0)
+        old = load_kept(old_ptr, at, inside, keep)
     return keep, logprob, old
 
 
 @triton.jit
-def load_advantage(advantages_ptr, at, first, token, keep, width, PER_TOKEN: tl.constexpr, LAYOUT: tl.constexpr):
+def load_advantage(
+    advantages_ptr, at, first, token, inside, keep, width, PER_TOKEN: tl.constexpr, LAYOUT: tl.constexpr
+):
     if PER_TOKEN:
         row = at
     elif LAYOUT == "flat":
@@ -147,7 +149,7 @@ def load_advantage(advantages_ptr, at, first, token, keep, width, PER_TOKEN: tl.
         row = first_row + ((first - first_row * width).to(tl.int32) + token) // width
     else:
         row = tl.program_id(0) + tl.zeros_like(token)
-    return tl.load(advantages_ptr + row, mask=keep, other=0.0)
+    return load_kept(advantages_ptr, row, inside, keep)
 
 
 @triton.jit
@@ -221,8 +223,10 @@ def spread(gradient_ptr, mask_ptr, slope, first, length, lane, BLOCK: tl.constex
     tl.debug_barrier()
     for start in range(0, length, BLOCK):
         at = first + start + lane
-        keep = tl.load(mask_ptr + at, mask=start + lane < length, other=0) != 0
-        tl.store(gradient_ptr + at, tl.load(gradient_ptr + at, mask=keep, other=0.0) + slope, mask=keep)
+        inside = start + lane < length
+        keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
+        tl.store(gradient_ptr + at, tl.where(keep, gradient + slope, 0.0), mask=inside)
 
 
 @triton.jit
@@ -286,7 +290,7 @@ def policy_kernel(
         at = first + start + lane
         inside = token < length
         keep, logprob, old = load_ratio(logprobs_ptr, old_ptr, mask_ptr, at, inside, HAS_OLD)
-        advantage = load_advantage(advantages_ptr, at, first, token, keep, width, PER_TOKEN, LAYOUT)
+        advantage = load_advantage(advantages_ptr, at, first, token, inside, keep, width, PER_TOKEN, LAYOUT)
         log_ratio = logprob - old
         if LEVEL != "token":
             log_ratio = tl.where(keep, mean_log_ratio, 0.0)
@@ -295,7 +299,7 @@ def policy_kernel(
         figures = ratio_figures(column, logprob - old, ratio, low, high, keep)
         figures += tl.where(column == NUM_FIGURES, tl.sum(keep.to(tl.float32), 0), 0.0)
         if HAS_ROLLOUT:
-            gap = old - tl.load(rollout_ptr + at, mask=keep, other=0.0)
+            gap = old - load_kept(rollout_ptr, at, inside, keep)
             is_ratio, of_rollout = rollout_figures(column, gap, keep)
             figures += of_rollout
             if CORRECTED:
@@ -303,12 +307,12 @@ def policy_kernel(
                 loss, through, direct = loss * weight, through * weight, direct * weight
         # coefficients of 0 are selected: times an infinite estimate they would be NaN
         if HAS_REF:
-            kl, slope = kl_estimate(tl.load(ref_ptr + at, mask=keep, other=0.0) - logprob, ESTIMATOR)
+            kl, slope = kl_estimate(load_kept(ref_ptr, at, inside, keep) - logprob, ESTIMATOR)
             figures += total_at(column, _KL, kl, keep)
             loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
             direct += tl.where(kl_coef == 0.0, 0.0, kl_coef * slope)
         if HAS_ENTROPY:
-            entropy = tl.load(entropy_ptr + at, mask=keep, other=0.0)
+            entropy = load_kept(entropy_ptr, at, inside, keep)
             figures += total_at(column, _ENTROPY, entropy, keep)
             loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * entropy)
             if HAS_ENTROPY_GRADIENT:
@@ -324,6 +328,10 @@ def policy_kernel(
     if HAS_GRADIENT and LEVEL == "sequence" and KIND == "clip":
         # the ratio of the sequence moves with the mean of its tokens
         spread(gradient_ptr, mask_ptr, through_sum * share / tokens, first, length, lane, BLOCK)
+    if HAS_GRADIENT:
+        clear_unclaimed(gradient_ptr, cu_seqlens_ptr, width, LAYOUT == "packed", BLOCK)
+    if HAS_ENTROPY_GRADIENT:
+        clear_unclaimed(entropy_gradient_ptr, cu_seqlens_ptr, width, LAYOUT == "packed", BLOCK)
     store_row(partials_ptr, row, column, share, NUM_FIGURES, ROW)
     ends = partials_ptr, arrived_ptr, denominator_ptr, divisor, loss_ptr, figures_ptr
     finish(*ends, HAS_DENOMINATOR, MEAN_OF_MEANS, NUM_FIGURES, ROW, MAXIMA, LANES)
@@ -385,13 +393,15 @@ def value_kernel(
         at = first + start + lane
         inside = start + lane < length
         keep, value, old = load_ratio(values_ptr, old_ptr, mask_ptr, at, inside, HAS_CLIP)
-        target = tl.load(returns_ptr + at, mask=keep, other=0.0)
+        target = load_kept(returns_ptr, at, inside, keep)
         loss, slope, clipped = value_error(value, old, target, clip, HAS_CLIP)
         row += total_at(column, _LOSS, loss, keep) + total_at(column, _CLIP_FRACTION, clipped, keep)
         row += total_at(column, _VALUE_MEAN, value, keep) + total_at(column, _RETURN_MEAN, target, keep)
         row += tl.where(column == NUM_FIGURES, tl.sum(keep.to(tl.float32), 0), 0.0)
         if HAS_GRADIENT:
             tl.store(gradient_ptr + at, tl.where(keep, slope * share, 0.0), mask=inside)
+    if HAS_GRADIENT:
+        clear_unclaimed(gradient_ptr, cu_seqlens_ptr, width, LAYOUT == "packed", BLOCK)
     store_row(partials_ptr, row, column, share, NUM_FIGURES, ROW)
     ends = partials_ptr, arrived_ptr, denominator_ptr, divisor, loss_ptr, figures_ptr
     finish(*ends, HAS_DENOMINATOR, MEAN_OF_MEANS, NUM_FIGURES, ROW, MAXIMA, LANES)

@@ -45,6 +45,43 @@ def pack_bins(lengths: Sequence[int], max_length: int, seed: int | None = None) 
     return [sorted(b) for b in bins]
 
 
+def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group items so that each group has at most ``max_tokens`` tokens, the largest group first.
+
+    Memory then peaks in the first group of a step rather than in its last. An item larger than ``max_tokens`` is alone.
+
+    Args:
+        sizes: tokens of each item.
+    Returns:
+        Indices into ``sizes``, each exactly once. The same call gives the same groups.
+    """
+    groups = pack_bins([min(n, max_tokens) for n in sizes], max_tokens)
+    return sorted(groups, key=lambda group: -sum(sizes[i] for i in group))
+
+
+def fullest(sizes: Sequence[int], max_tokens: int, candidates: int = 512) -> list[int]:
+    """The items whose sizes add up to the most that is not above ``max_tokens``; the largest alone if that is above it.
+
+    Exact for up to ``candidates`` items; of more, as many are considered, evenly from the largest to the smallest.
+
+    Returns:
+        Indices into ``sizes``, the largest item first.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    if sizes[order[0]] >= max_tokens:
+        return order[:1]
+    order = order[:: -(-len(order) // candidates)]
+    sums = [1]  # bit s is set where the items up to here have a subset of s tokens
+    for i in order:
+        sums.append((sums[-1] | sums[-1] << sizes[i]) & ((2 << max_tokens) - 1))
+    left, chosen = sums[-1].bit_length() - 1, []
+    for k in reversed(range(len(order))):
+        if not sums[k] >> left & 1:
+            chosen.append(order[k])
+            left -= sizes[order[k]]
+    return chosen[::-1]
+
+
 class IndexSampler:
     """An endless sequence of indices below ``n``: one permutation after another, and a cursor that says how far it is read.
 

@@ -6,9 +6,10 @@ modules and toggles ``requires_grad`` (a graph built before the switch then lose
 switch sets one attribute per layer, trainability never changes with it, and it is refused while a graph of another
 adapter still waits for its backward pass: a checkpointed backward would recompute under the wrong adapter.
 
-A 4-bit base holds its linear layers in NF4 (Dettmers et al. 2023, arXiv:2305.14314) and everything else, embeddings, norms
-and head, in the dtype that it computes in. PEFT's ``prepare_model_for_kbit_training`` would turn those into fp32, 2.2 GB more
-on a 7B model, and is not called. Adapters are fp32 on every base: in bf16 a small learning rate moves few of their elements.
+A 4-bit base holds its linear layers in NF4 (Dettmers et al. 2023, arXiv:2305.14314) and everything else, embeddings,
+norms and head, in the dtype that it computes in. PEFT's ``prepare_model_for_kbit_training`` would turn those into
+fp32, 2.2 GB more on a 7B model, and is not called. Adapters are fp32 on every base: in bf16 a small learning rate
+moves few of their elements.
 """
 
 from __future__ import annotations
@@ -39,9 +40,6 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-# it wants a kernel from the hub for a layout that `_keep_layout` turns off
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: Any = "all-linear") -> LoraConfig:
@@ -113,11 +111,14 @@ def base_weight(layer: nn.Module) -> Tensor | Callable[[], Tensor]:
     """
     layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     weight = layer.weight
-    if getattr(weight, "quant_state", None) is None:
+    if not _packed(layer):
         return weight
     dequantize = bitsandbytes("a 4-bit layer").functional.dequantize_4bit
-    # a view without the subclass, whose own attributes and moves the caller has no use for
     return lambda: dequantize(weight.data, weight.quant_state)
+
+
+def _packed(layer: nn.Module) -> bool:
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
 def _keep_layout(model: nn.Module) -> None:
@@ -382,25 +383,25 @@ class Adapters:
 
     @torch.no_grad()
     def _merged_plain(self, name: str) -> PreTrainedModel:
-        """Dequantize and merge into a plain model. Quantizing the sum again would lose most of the adapter."""
-        variants = [layer for layer in self._layers if name in getattr(layer, "lora_variant", {})]
-        if variants:
+        """A plain model of dequantized weights with the adapter added; it shares those that are not quantized.
+
+        Nothing is quantized again: rounding to 4 bit would lose most of the adapter.
+        """
+        if any(name in getattr(layer, "lora_variant", {}) for layer in self._layers):
             raise UserError("only plain LoRA can be merged with a 4-bit base; export the adapter, without --merge")
         weights = {}
         for key, module in self.model.named_modules():
             if ".lora_" in key or isinstance(module, LoraLayer):
                 continue
-            lora = self.model.get_submodule(key.removesuffix(".base_layer"))
-            for part, parameter in module.named_parameters(recurse=False):
-                weight = parameter.data
-                if part == "weight":
-                    packed = callable(found := base_weight(module))
-                    weight = found() if packed else weight
-                    if isinstance(lora, LoraLayer) and name in lora.lora_A:
-                        weight = (weight.float() + lora.get_delta_weight(name)).to(weight.dtype)
-                    if packed and module.source_cls is Conv1D:
-                        weight = weight.T.contiguous()
-                weights[f"{key.removesuffix('.base_layer')}.{part}"] = weight
+            key = key.removesuffix(".base_layer")
+            weights |= {f"{key}.{part}": p.data for part, p in module.named_parameters(recurse=False)}
+            layer, packed = self.model.get_submodule(key), _packed(module)
+            adapted = isinstance(layer, LoraLayer) and name in layer.lora_A
+            if packed or adapted:  # the head is not packed and may have an adapter
+                weight = base_weight(module)() if packed else module.weight.data
+                if adapted:
+                    weight = (weight.float() + layer.get_delta_weight(name)).to(weight.dtype)
+                weights[f"{key}.weight"] = weight.T.contiguous() if packed and module.source_cls is Conv1D else weight
         config = copy.deepcopy(self.model.config)
         del config.quantization_config
         if self._unties(name):

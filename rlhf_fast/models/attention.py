@@ -136,12 +136,17 @@ def _ranges(span: Span) -> tuple[tuple[int, int], tuple[int, int]]:
 def _sdpa(query, key, value, segments: Segments, scale: float | None, window: int | None, dropout: float) -> Tensor:
     """``scaled_dot_product_attention`` on a few right-padded tables of spans: every device and dtype, and the oracle."""
     buckets, restore = segments.buckets
-    grouped = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
     outputs = []
     for bucket in buckets:
         tables = ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
         q, k, v = (_take(x, rows).transpose(1, 2) for x, rows in tables)
         mask = bucket.mask(window)
+        # flash attention alone groups queries by itself, without mask and in 16 bit; the rest would write down every score
+        repeat = groups > 1 and (mask is not None or q.dtype == torch.float32)
+        if repeat:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        grouped = groups > 1 and not repeat
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=grouped
         )
@@ -297,11 +302,11 @@ def _misfit(
         for function, wide in ((_sdpa, torch.float32), (run, dtype)):
             inputs = [x.to(wide).requires_grad_() for x in (q, k, v)]
             try:
-                # hooks of its own: inside a checkpointed layer, that layer's would recompute it for this backward pass
+                # hooks of its own: a checkpointed layer counts what it saves, and this happens in its first run only
                 hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
                 with hooks, torch.enable_grad(), torch.autocast(device.type, enabled=False):
                     out = function(*inputs, segments, None, window, 0.0)
-                    results.append([out, *torch.autograd.grad(out, inputs, g.to(wide))])
+                    results.append([out.detach(), *torch.autograd.grad(out, inputs, g.to(wide))])
             except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
                 return f"it failed on a small problem ({(str(error).splitlines() or [type(error).__name__])[0]})"
         for name, want, got in zip(("output", "query", "key", "value"), *results):
@@ -336,7 +341,10 @@ def packed_attention(
     """
     if segments is None or attention_mask is not None:
         raise UserError("rlhf_fast's attention runs packed batches only: pass segments and no attention mask")
-    if unknown := sorted(name for name, x in other.items() if x is not None and name not in _HARMLESS):
+    unknown = sorted(name for name, x in other.items() if x is not None and name not in _HARMLESS)
+    if other.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        unknown.append("no causal mask")
+    if unknown:
         raise UserError(
             f"{type(module).__name__} asks for attention with {', '.join(unknown)}, which packed training does not "
             "implement; use a model without it"

@@ -33,7 +33,8 @@ def load(
     """Load a model for training or inference.
 
     Weights go tensor by tensor from the files to the device. The files are mapped, not read into memory: besides the
-    model the process allocates a few tensors at a time, however large the checkpoint (``bench/loading.py`` measures it).
+    model the process allocates a few tensors at a time, however large the checkpoint (``bench/loading.py`` measures
+    it).
 
     Args:
         model: a Hugging Face name, a model folder, a run folder of ours (adapter or whole model), or a model object.

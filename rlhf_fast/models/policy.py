@@ -25,6 +25,7 @@ from rlhf_fast.kernels import linear_logprobs
 
 from .adapters import Adapters
 from .attention import Segments, generation_attention, use_packed_attention
+from .checkpointing import HostInputs, checkpoint_layers
 from .fingerprint import fingerprint
 from .fusion import Fusion, describe, fuse, unfuse
 from .heads import ScalarHead
@@ -58,6 +59,7 @@ class Policy(nn.Module):
         self.attention = "auto"  # implementation of attention in every pass, see models.attention
         self.fused = True
         self.adapters = Adapters(model, on_change=self._fuse)
+        self.host_inputs: HostInputs | None = None  # where checkpointed layers keep their inputs, if not on the device
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self._fuse()
@@ -127,12 +129,11 @@ class Policy(nn.Module):
             self.adapters.use(role if role in self.adapters.names else None)
         return self.model
 
-    def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+    def checkpoint_activations(self, offload: bool = False) -> None:
+        """Recompute activations in the backward pass instead of keeping them; ``offload`` what is kept to the host."""
+        self.host_inputs = HostInputs() if offload else None
         for body in (self.model, *self.copies.values()):
-            # transformers 5.20 renamed it and warns about the old name
-            enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_layers(body, self.host_inputs)
 
     # ---- fusion
 

@@ -131,14 +131,15 @@ def restore_experience(fields: dict[str, Any], device: Any) -> Experience:
 
 @torch.no_grad()
 def annotate(
-    experiences: Sequence[Experience],
-    name: str,
-    compute: Callable[[TokenBatch], Tensor],
-    batch_size: int,
+    micro_batches: Sequence[Sequence[Experience]],
+    passes: dict[str, Callable[[TokenBatch], Tensor]],
     pack: Callable[[list[Example]], TokenBatch],
 ) -> None:
-    """Fill the per-token entry ``name`` with ``compute(batch) -> (N,)``, ``batch_size`` sequences at a time."""
-    for start in range(0, len(experiences), batch_size):
-        part = experiences[start : start + batch_size]
-        batch = pack([e.example for e in part])
-        unpack(part, name, compute(batch), batch)
+    """Fill per-token entries: ``passes`` maps the entry's name to what computes it, ``(batch) -> (N,)``.
+
+    A micro-batch is packed once for all passes, and a pass runs through all of them, so that it switches adapters once.
+    """
+    batches = [pack([e.example for e in part]) for part in micro_batches] if passes else []
+    for name, compute in passes.items():
+        for part, batch in zip(micro_batches, batches):
+            unpack(part, name, compute(batch), batch)

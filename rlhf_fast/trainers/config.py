@@ -54,9 +54,12 @@ class TrainerConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 leaves them as they are
     num_train_epochs: int = 1  # passes over the data set
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
-    per_device_train_batch_size: int = 8  # records per micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass: less memory, a third more time
+    per_device_train_batch_size: int = 8  # records per micro-batch, unless micro_batch_tokens fills micro-batches
+    gradient_accumulation_steps: int = 1  # an optimizer step has per_device_train_batch_size times as many records
+    micro_batch_tokens: int | None = None  # fill micro-batches up to so many tokens; none: as the plan says, on a GPU
+    gradient_checkpointing: bool | None = None  # recompute activations: less memory; none: true, or as the plan says
+    offload_activations: bool | None = None  # checkpointed ones wait in host memory; none: false, or as the plan says
+    memory_check: bool | None = None  # try the largest micro-batch before the first step; none: on a GPU
     dtype: str = "auto"  # of the base weights: auto, float32, bfloat16
     load_in_4bit: bool = False  # hold the base in NF4, for training an adapter; a run folder trained so always is
     attn_implementation: str = "auto"  # auto, varlen (torch's fused kernel), flash_attention_2 (flash-attn's), sdpa
@@ -65,12 +68,8 @@ class TrainerConfig:
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its output is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0  # on the adapter's input; SFT only, elsewhere two passes are compared and it must be 0
-    lora_target_modules: str | list[str] = (
-        "all-linear"  # names of the layers that get an adapter; a list may add lm_head
-    )
-    fused_layers: bool = (
-        True  # our LoRA, MLP and RMSNorm wherever they fit; false: PEFT's and transformers' own, to compare
-    )
+    lora_target_modules: str | list[str] = "all-linear"  # layers that get an adapter; a list may name lm_head too
+    fused_layers: bool = True  # our LoRA, MLP and RMSNorm where they fit; false: PEFT's and transformers' own
     logging_steps: int = 10  # optimizer steps between log lines
     eval_steps: int | None = None  # optimizer steps between evaluations; None evaluates at the end
     save_steps: int = 500  # optimizer steps between checkpoints
@@ -84,6 +83,12 @@ class TrainerConfig:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or unset")
+        if self.offload_activations and self.gradient_checkpointing is False:
+            raise UserError(
+                "offload_activations moves what gradient_checkpointing keeps; leave gradient_checkpointing on"
+            )
         if self.eval_steps is not None and self.eval_steps < 1:
             raise UserError(f"eval_steps is {self.eval_steps}; it must be at least 1, or unset for one at the end")
         if not 0 <= self.warmup_ratio <= 1:

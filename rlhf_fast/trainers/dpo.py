@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Preference, TokenBatch
+from rlhf_fast.data.batch import Example, Preference, TokenBatch
 from rlhf_fast.data.prepare import prepare_preferences
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import dpo_loss, sequence_logprobs
@@ -55,6 +55,7 @@ class DPOTrainer(Trainer):
     """Learn from pairs without a reward model: raise the chosen response's odds against the reference's."""
 
     config_class = DPOConfig
+    method = "dpo"
     headline = ("loss", "rewards/accuracies", "rewards/margins")
     learning_rates = (1e-6, 5e-6)
 
@@ -78,6 +79,9 @@ class DPOTrainer(Trainer):
     def size(self, record: Preference) -> float:
         return sum(sum(e.response_mask) for e in record.responses)
 
+    def examples(self, record: Preference) -> list[Example]:
+        return record.responses
+
     def collect(self, records: list[Preference]) -> list[Preference]:
         """With the reference's log-probabilities. In the micro-batches that are trained: before the first step both
         models then agree to the last bit."""
@@ -85,13 +89,13 @@ class DPOTrainer(Trainer):
 
     @torch.no_grad()
     def _with_reference(self, records: list[Preference]) -> list[Preference]:
-        size, filled = self.micro_batch_size, []
-        for start in range(0, len(records), size):
-            part = records[start : start + size]
-            batch = self.pack([e for r in part for e in r.responses])
+        filled = list(records)
+        for part in self.split(records):
+            batch = self.pack([e for i in part for e in records[i].responses])
             sums = self._sequence_logprobs(batch, self.policy.logprobs(batch, role="reference"))
             # copies: kept beside the data, they would be of the first epoch's micro-batches, and lost in a checkpoint
-            filled += [replace(r, ref_logprobs=pair) for r, pair in zip(part, sums.view(-1, 2).tolist())]
+            for i, pair in zip(part, sums.view(-1, 2).tolist()):
+                filled[i] = replace(records[i], ref_logprobs=pair)
         return filled
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:

@@ -6,17 +6,18 @@ baseline. A variant is one row of ``LOSS_TYPES``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Experience, Prompt, packed
+from rlhf_fast.data.batch import Experience, Prompt, packed, shared_runs
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import group_advantages, policy_loss
 from rlhf_fast.kernels.policy import LEVELS
-from rlhf_fast.rewards.experience import annotate
 
 from .config import RLConfig, one_of
 from .rl import RLTrainer
@@ -77,6 +78,7 @@ class GRPOTrainer(RLTrainer):
     """Reinforcement learning from reward functions, with the group's mean as baseline."""
 
     config_class = GRPOConfig
+    method = "grpo"
     headline = ("reward", "kl")
     learning_rates = (1e-6, 1e-5)
 
@@ -95,6 +97,14 @@ class GRPOTrainer(RLTrainer):
         size = super().micro_batch_size
         return size - size % self.args.num_generations if size > self.args.num_generations else size
 
+    def bundles(self, records: list[Experience]) -> list[list[int]]:
+        """Siblings, so that their prompt is computed once."""
+        if not self.args.shared_prefix:
+            return super().bundles(records)
+        rows = iter(range(len(records)))
+        runs = shared_runs([record.example for record in records])
+        return [list(itertools.islice(rows, count)) for count, _ in runs]
+
     @property
     def repeats(self) -> int:
         return self.args.num_iterations
@@ -102,20 +112,30 @@ class GRPOTrainer(RLTrainer):
     def size(self, record: Experience) -> float:
         return 0 if self._ignored(record) else super().size(record)
 
+    def sizes(self) -> dict[str, Any]:
+        return super().sizes() | {"num_generations": self.args.num_generations}
+
+    @property
+    def entries(self) -> list[str]:
+        a = self.args
+        return ["advantages", *["old_logprobs"] * (a.num_iterations > 1), *["ref_logprobs"] * bool(a.beta)]
+
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample a group of responses to every prompt, score them, and compare each with its group."""
-        a, device, size = self.args, self.policy.device, self.micro_batch_size
+        a, device = self.args, self.policy.device
         experiences, metrics = self.respond(prompts, n=a.num_generations)
         rewards = torch.tensor([e.reward for e in experiences])
         advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
         for experience, advantage in zip(experiences, advantages.to(device)):
             experience.advantages = advantage.expand(len(experience.example))
+        passes = {}
+        if a.num_iterations > 1:  # else the policy does not move between sampling and its only step
+            passes["old_logprobs"] = lambda b: self.logprobs(b, "policy")
+        if a.beta:
+            passes["ref_logprobs"] = lambda b: self.logprobs(b, "reference")
         with self.timed("logprobs"):
-            if a.num_iterations > 1:  # else the policy does not move between sampling and its only step
-                annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, self.pack)
-            if a.beta:
-                annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, self.pack)
+            self.annotate(experiences, **passes)
         self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
         return experiences
 

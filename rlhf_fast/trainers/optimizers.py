@@ -1,8 +1,8 @@
 """The optimizers that a run can choose: one row each. All are AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-The 8-bit ones keep both moments in 8 bit per block of 256 (Dettmers et al. 2022, arXiv:2110.02861), tensors of fewer than
-4,096 elements excepted: 2 bytes per trained parameter instead of 8. That is 14 GB against 56 in full fine-tuning of a 7B
-model, and 0.24 GB for its adapter of rank 16.
+The 8-bit ones keep both moments in 8 bit per block of 256 (Dettmers et al. 2022, arXiv:2110.02861), tensors of fewer
+than 4,096 elements excepted: 2 bytes per trained parameter instead of 8. That is 14 GB against 56 in full fine-tuning
+of a 7B model, and 0.24 GB for its adapter of rank 16.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss, white
 from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.models import attach
 from rlhf_fast.rewards import resolve_all
-from rlhf_fast.rewards.experience import annotate
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import Engine
 
@@ -65,6 +64,8 @@ class PPOTrainer(RLTrainer):
     """PPO with a KL-penalised reward, a critic on the policy's base, and clipped policy and value losses."""
 
     config_class = PPOConfig
+    method = "ppo"
+    entries = ("old_logprobs", "advantages", "values", "returns")
     headline = ("objective/scores", "objective/kl")
     learning_rates = (3e-6, 3e-5)
 
@@ -109,7 +110,7 @@ class PPOTrainer(RLTrainer):
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample one response to every prompt, score it, and estimate the advantage of each of its tokens."""
-        a, size = self.args, self.micro_batch_size
+        a = self.args
         experiences, metrics = self.respond(prompts, n=1)
         for experience in experiences:
             if math.isnan(experience.reward):  # nobody could score it: it teaches nothing
@@ -117,9 +118,12 @@ class PPOTrainer(RLTrainer):
             elif a.missing_eos_penalty is not None and not experience.finished:
                 experience.reward -= a.missing_eos_penalty
         with self.timed("logprobs"):
-            annotate(experiences, "old_logprobs", lambda b: self.logprobs(b, "policy"), size, self.pack)
-            annotate(experiences, "ref_logprobs", lambda b: self.logprobs(b, "reference"), size, self.pack)
-            annotate(experiences, "values", self.policy.values, size, self.pack)
+            self.annotate(
+                experiences,
+                old_logprobs=lambda b: self.logprobs(b, "policy"),
+                ref_logprobs=lambda b: self.logprobs(b, "reference"),
+                values=self.policy.values,
+            )
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
         return experiences

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Preference
+from rlhf_fast.data.batch import Example, Preference
 from rlhf_fast.data.prepare import prepare_preferences
 from rlhf_fast.kernels import pairwise_reward_loss, ranked_reward_loss
 
@@ -31,6 +31,7 @@ class RewardTrainer(Trainer):
     """
 
     config_class = RewardConfig
+    method = "reward"
     headline = ("accuracy", "margin")
     role = "reward"
     learning_rates = (1e-5, 1e-4)
@@ -49,6 +50,9 @@ class RewardTrainer(Trainer):
 
     def size(self, record: Preference) -> float:
         return len(record)
+
+    def examples(self, record: Preference) -> list[Example]:
+        return record.responses
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         counts = torch.tensor([len(r.responses) for r in records])

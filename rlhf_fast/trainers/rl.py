@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlhf_fast.data.batch import Experience, Prompt, TokenBatch
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import evaluate_policy, resolve_all
-from rlhf_fast.rewards.experience import ScoredRollouts, restore_experience
+from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
+from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
 
 from .config import RLConfig
@@ -35,7 +37,9 @@ class RLTrainer(Trainer):
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
         super().__init__(model, args, **kwargs)
-        self.engine = engine or GenerateEngine(self.policy, max_batch_size=args.rollout_batch_size)
+        self.engine = engine or GenerateEngine(
+            self.policy, max_batch_size=self.rollout_batch_size or args.rollout_batch_size
+        )
         check_for_rl(self.engine, temperature=args.temperature)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
         self.rollouts.check(self.train_records)
@@ -63,6 +67,48 @@ class RLTrainer(Trainer):
         self.say(report)
         return prompts
 
+    def examples(self, record: Experience) -> list[Example]:
+        return [record.example]
+
+    def models(self) -> list[nn.Module]:
+        judges = [f.policy for f in self.functions if isinstance(f, RewardModel)]
+        return [self.policy, *(judge for judge in judges if judge is not self.policy)]
+
+    def sizes(self) -> dict[str, Any]:
+        """As if every response were as long as it may be."""
+        a = self.args
+        prompt = max(len(p.input_ids) for p in self.train_records)
+        length = prompt + a.max_completion_length
+        return {
+            "length": length,
+            "prompt_length": prompt,
+            "record_tokens": length,
+            "micro_batch_tokens": self.micro_batch_tokens or length * a.per_device_train_batch_size,
+            "window_tokens": length * a.per_device_train_batch_size * a.gradient_accumulation_steps,
+            "rollout_batch_size": a.rollout_batch_size,
+            "reference": "reference" in self.policy.adapters.names or "reference" in self.policy.copies,
+        }
+
+    def largest(self) -> list[Experience]:
+        """The longest prompt with responses of full length, the last one cut to fill the budget; nothing is sampled."""
+        sizes, prompt = self.sizes(), max((p.input_ids for p in self.train_records), key=len)
+        tokens = max(min(sizes["micro_batch_tokens"], sizes["window_tokens"]), sizes["length"])
+        whole, rest = divmod(tokens, sizes["length"])
+        lengths = [sizes["length"]] * whole + [rest] * (rest > len(prompt))
+        return [self._blank(prompt, length) for length in lengths]
+
+    def _blank(self, prompt: Sequence[int], length: int) -> Experience:
+        """A record of ``length`` tokens that teaches nothing."""
+        new = length - len(prompt)
+        example = Example([*prompt, *prompt[-1:] * new], [False] * len(prompt) + [True] * new)
+        entries = {name: torch.zeros(length, device=self.policy.device) for name in self.entries}
+        return Experience(example, reward=0.0, **entries)
+
+    @property
+    def entries(self) -> list[str]:
+        """The per-token entries of a record that ``losses`` reads."""
+        raise NotImplementedError
+
     def size(self, record: Experience) -> float:
         return sum(record.example.response_mask)
 
@@ -80,6 +126,10 @@ class RLTrainer(Trainer):
         )
         self.add_times(self.rollouts.seconds)
         return experiences, metrics
+
+    def annotate(self, experiences: list[Experience], **passes: Callable[[TokenBatch], Tensor]) -> None:
+        """Fill per-token entries by name, each with what its pass returns, in the micro-batches that fit in memory."""
+        annotate(self.micro_batches(experiences), passes, self.pack)
 
     def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
         """(N,) log-probabilities under ``role``, at the sampling temperature."""

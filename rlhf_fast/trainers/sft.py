@@ -54,6 +54,9 @@ class SFTTrainer(Trainer):
     def size(self, record: list[Example]) -> float:
         return sum(e.weight * sum(e.response_mask[1:]) for e in record)
 
+    def examples(self, record: list[Example]) -> list[Example]:
+        return record
+
     def losses(self, records: list[list[Example]], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         batch = self.pack([e for row in records for e in row])
         logprobs, entropy = self.model(batch, entropy="detached")

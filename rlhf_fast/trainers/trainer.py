@@ -2,8 +2,8 @@
 
 A *round* turns some rows of the data set into records to learn from (``collect``: for offline algorithms the rows
 themselves, for reinforcement learning sampled and scored responses). A *window* is what one optimizer step learns from.
-It is split into micro-batches of ``per_device_train_batch_size`` records whose losses are sums over one denominator, that
-of the whole window on all ranks: any split of the window gives the same gradient.
+It is split into micro-batches, by tokens or by records, whose losses are sums over one denominator, that of the whole
+window on all ranks: any split of the window gives the same gradient.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
 
-from rlhf_fast.data.batch import Example, TokenBatch
-from rlhf_fast.data.packing import IndexSampler
+from rlhf_fast.data.batch import Example, TokenBatch, packed_length
+from rlhf_fast.data.packing import IndexSampler, fullest, micro_batches
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy, disable_dropout, load
@@ -36,10 +36,12 @@ from rlhf_fast.models.fingerprint import difference, fingerprint
 from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from rlhf_fast.run.config import save_config
 from rlhf_fast.run.means import Means
+from rlhf_fast.run.memory import Plan
 from rlhf_fast.run.metrics import MetricsLog
 from rlhf_fast.run.signals import StopSignals
 
 from .config import TrainerConfig
+from .memory import compare, device_bytes, plan_of, rehearse
 from .optimizers import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Trainer:
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
+    method: ClassVar[str] = "sft"  # as the memory plan calls it
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     role: ClassVar[str] = "policy"
     learning_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)  # full fine-tuning, LoRA
@@ -93,12 +96,15 @@ class Trainer:
                     "lora_dropout must be 0 here: ratios and margins compare two passes; only SFT has dropout"
                 )
             disable_dropout(self.policy)
-        if self.args.gradient_checkpointing:
-            self.policy.checkpoint_activations()
+        self.micro_batch_tokens = self.args.micro_batch_tokens  # until the memory plan settles it
         self._preparing = "train"  # the name of the data set in reports
         self.train_records = self.prepare_data(_records(train_dataset, "train_dataset"))
         self._preparing = "eval"
         self.eval_records = None if eval_dataset is None else self.prepare_data(_records(eval_dataset, "eval_dataset"))
+        self.rollout_batch_size: int | None = (
+            None  # most sequences sampled at once, where the plan allows fewer than asked
+        )
+        self.memory_plan = self._settle_memory()
         self._build_optimizer()
         self.step = 0
         self.sampler = IndexSampler(len(self.train_records), self.args.seed)
@@ -172,6 +178,18 @@ class Trainer:
         """Response tokens in a record."""
         raise NotImplementedError
 
+    def examples(self, record: Any) -> list[Example]:
+        """The sequences of a record, as the model reads them."""
+        raise NotImplementedError
+
+    def tokens(self, records: list[Any]) -> int:
+        """Tokens that a micro-batch of ``records`` holds, prompts that they share once."""
+        return packed_length([e for record in records for e in self.examples(record)], self.args.shared_prefix)
+
+    def bundles(self, records: list[Any]) -> list[list[int]]:
+        """Which of ``records`` are better off in one micro-batch, as indices; each exactly once."""
+        return [[i] for i in range(len(records))]
+
     def losses(self, records: list[Any], window: Window) -> Iterator[tuple[Tensor, dict[str, Tensor | float], float]]:
         """Yield (loss, metrics, weight of the metrics) for one micro-batch.
 
@@ -188,17 +206,47 @@ class Trainer:
         """Mean losses and metrics over ``eval_dataset``, names prefixed ``eval_``."""
         if self.eval_records is None:
             raise UserError("evaluate() needs an eval_dataset")
-        means, size = Means(), self.args.per_device_train_batch_size
+        means = Means()
         mine = self._share(list(self.eval_records))
         window = self._window(mine)  # all of the data is one: the mean loss does not depend on the batch size
         total = torch.zeros((), device=self.accelerator.device)
         with torch.no_grad(), self._eval_mode():
-            for start in range(0, len(mine), size):
-                for loss, metrics, weight in self.losses(self.collect(mine[start : start + size]), window):
+            for part in self.micro_batches(mine):
+                for loss, metrics, weight in self.losses(self.collect(part), window):
                     total += loss
                     means.add(metrics, weight)
         means.add({"loss": self.accelerator.reduce(total, "sum")}, 1.0)
         return {f"eval_{name}": value for name, value in means.read().items()}
+
+    def models(self) -> list[nn.Module]:
+        """Every model that the run holds in memory."""
+        return [self.policy]
+
+    def sizes(self) -> dict[str, Any]:
+        """The run's sizes for the memory plan: tokens of the longest sequence, of the largest record, micro-batch, window."""
+        a, records = self.args, self._candidates()
+        tokens = sorted((self.tokens([r]) for r in records), reverse=True)
+        return {
+            "length": max(len(e) for r in records for e in self.examples(r)),
+            "record_tokens": tokens[0],
+            "micro_batch_tokens": self.micro_batch_tokens or sum(tokens[: a.per_device_train_batch_size]),
+            "window_tokens": sum(tokens[: a.per_device_train_batch_size * a.gradient_accumulation_steps]),
+        }
+
+    def largest(self) -> list[Any]:
+        """The records of the largest micro-batch that can come, ready for ``losses``."""
+        records = self._candidates()
+        sizes = [self.tokens([r]) for r in records]
+        if self.micro_batch_tokens is None:
+            order = sorted(range(len(records)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
+        else:
+            order = fullest(sizes, min(self.micro_batch_tokens, self.sizes()["window_tokens"]))
+        return self.collect([records[i] for i in order])
+
+    def _candidates(self) -> list[Any]:
+        """What a window may hold: the records, several times where a window is longer than an epoch."""
+        window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return list(self.train_records) * -(-window // len(self.train_records))
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
@@ -228,6 +276,7 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
             save_config(self.args, out / "config.yaml")
         self.policy.train()
+        self._check_memory()
         log = MetricsLog(
             out,
             list(self.headline),
@@ -264,6 +313,8 @@ class Trainer:
                     log.print(f"{stop.name or 'stopped'}: saved at step {self.step}; continue with --resume")
                     break
                 log.tick(self.step)
+        if self.memory_plan is not None and torch.cuda.is_available():
+            self.say(compare(self.memory_plan, torch.cuda.max_memory_allocated()))
         self.save_model(out)
         return final
 
@@ -310,12 +361,12 @@ class Trainer:
         """One step on the records at ``indices``; returns the response tokens seen on all ranks."""
         records = [self.records[i] for i in indices]
         window = self._window(records)
-        size, world = self.micro_batch_size, self.accelerator.num_processes
-        starts = range(0, len(records), size)
-        for start in starts:
-            hold = start != starts[-1] and world > 1
+        parts, world = self.micro_batches(records), self.accelerator.num_processes
+        for number, part in enumerate(parts, start=1):
+            # ranks may differ in how many they have: gradients meet once, in the last one of each
+            hold = number < len(parts) and world > 1
             with self.accelerator.no_sync(self.model) if hold else contextlib.nullcontext():
-                for loss, metrics, weight in self.losses(records[start : start + size], window):
+                for loss, metrics, weight in self.losses(part, window):
                     # DDP averages over ranks; the denominator already counts them all
                     self.accelerator.backward(loss * world)
                     self.metrics.add(metrics, weight)
@@ -325,6 +376,30 @@ class Trainer:
         self.step += 1
         self.after_step()
         return window.tokens
+
+    def split(self, records: list[Any]) -> list[list[int]]:
+        """Which records meet the model together, as indices, the most tokens first; a function of ``records`` alone.
+
+        With ``micro_batch_tokens`` bundles are packed up to so many tokens, and one that is larger is cut into parts that
+        are not; a record larger than that is alone. Else ``per_device_train_batch_size`` records make a part.
+        """
+        budget = self.micro_batch_tokens
+        if budget is None:
+            size = self.micro_batch_size
+            return [list(range(len(records)))[start : start + size] for start in range(0, len(records), size)]
+        parts: list[list[int]] = []
+        for bundle in self.bundles(records):
+            parts.append([])
+            for i in bundle:
+                if parts[-1] and self.tokens([records[j] for j in (*parts[-1], i)]) > budget:
+                    parts.append([])
+                parts[-1].append(i)
+        groups = micro_batches([self.tokens([records[i] for i in part]) for part in parts], budget)
+        return [[i for part in group for i in parts[part]] for group in groups]
+
+    def micro_batches(self, records: list[Any]) -> list[list[Any]]:
+        """``records`` in the parts of :meth:`split`."""
+        return [[records[i] for i in part] for part in self.split(records)]
 
     def _apply(self, norm: Tensor) -> None:
         """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
@@ -344,6 +419,10 @@ class Trainer:
         losses = self.accelerator.reduce(torch.as_tensor(self._loss, device=self.accelerator.device), "sum")
         self.metrics.add({"loss": losses, "grad_norm": norm}, 1.0)
         self._loss = 0.0
+
+    def own_window(self, records: list[Any]) -> Window:
+        """The window of ``records`` alone, whatever other ranks have."""
+        return Window(len(records), sum(map(self.size, records)) or 1.0)
 
     def _window(self, records: list[Any]) -> Window:
         counts = torch.tensor([len(records), sum(map(self.size, records))], dtype=torch.float64)
@@ -374,6 +453,8 @@ class Trainer:
         self.times.clear()
         if torch.cuda.is_available():
             figures["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            if self.memory_plan is not None:
+                figures["memory/planned_gb"] = self.memory_plan.tensors / 1e9
         log.log(self.step, figures)
         return figures
 
@@ -416,6 +497,36 @@ class Trainer:
             yield
         finally:
             self.policy.train()
+
+    # ---- memory
+
+    def _settle_memory(self) -> Plan | None:
+        """Switch checkpointing and offload on as the config says; on a GPU the plan answers what it leaves open."""
+        a, made = self.args, None
+        checkpointing, offload = a.gradient_checkpointing is not False, bool(a.offload_activations)
+        if (available := device_bytes(self.accelerator.device)) is not None:
+            try:
+                made = plan_of(self, available, settle=True)
+            except UserError as error:  # a config that is no known decoder's
+                self.say(f"no memory plan: {error}")
+            else:
+                checkpointing, offload = made.job.checkpointing, made.job.offload
+                self.micro_batch_tokens = made.job.tokens
+                self.rollout_batch_size = made.job.rollout_batch_size if made.job.samples else None
+                self.say("\n".join([made.line(), *(f"it does not fit; try {change}" for change in made.changes)]))
+        if checkpointing:
+            self.policy.checkpoint_activations(offload=offload)
+        return made
+
+    def _check_memory(self) -> None:
+        """Try the largest micro-batch; from here on the peak is that of training."""
+        cuda = self.accelerator.device.type == "cuda"
+        if self.args.memory_check if self.args.memory_check is not None else cuda:
+            began = time.perf_counter()
+            tokens = rehearse(self)
+            self.say(f"memory: the largest micro-batch, {tokens:,} tokens, fits ({time.perf_counter() - began:.1f} s)")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
 
     # ---- construction
 

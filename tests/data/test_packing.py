@@ -4,12 +4,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast.data.packing import IndexSampler, pack_bins
+from rlhf_fast.data.packing import IndexSampler, fullest, micro_batches, pack_bins
 
 
 def test_best_fit_decreasing_by_hand():
     """8 opens a bin (2 left), 7 another (3 left); 3 fits only the second, 2 only the first, and 1 opens a third."""
     assert pack_bins([2, 8, 7, 3, 1], 10) == [[0, 1], [2, 3], [4]]
+
+
+def test_micro_batches_come_largest_first_and_a_large_item_is_alone():
+    """9 exceeds the 8 that fit; 5 + 3 fill them, 4 + 2 do not."""
+    assert micro_batches([2, 5, 9, 3, 4], 8) == [[2], [1, 3], [0, 4]]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 60))
+@settings(max_examples=200, deadline=None)
+def test_micro_batches_hold_everything_once_and_never_too_much(sizes, max_tokens):
+    groups = micro_batches(sizes, max_tokens)
+    totals = [sum(sizes[i] for i in group) for group in groups]
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+    assert totals == sorted(totals, reverse=True)
+    assert all(total <= max_tokens or len(group) == 1 for total, group in zip(totals, groups))
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=10), st.integers(1, 40))
+@settings(max_examples=200, deadline=None)
+def test_the_fullest_selection_is_the_best_of_all_subsets(sizes, max_tokens):
+    chosen = fullest(sizes, max_tokens)
+    assert len(set(chosen)) == len(chosen)
+    totals = {sum(s for k, s in enumerate(sizes) if mask >> k & 1) for mask in range(1 << len(sizes))}
+    best = max(t for t in totals if t <= max_tokens)
+    assert sum(sizes[i] for i in chosen) == (max(sizes) if max(sizes) >= max_tokens else best)
+
+
+def test_of_many_items_enough_are_considered():
+    sizes = [1 + i % 300 for i in range(5000)]
+    assert sum(sizes[i] for i in fullest(sizes, 1000)) == 1000
+    assert [sizes[i] for i in fullest(sizes, 300)] == [300]
 
 
 def test_the_tightest_bin_is_taken():

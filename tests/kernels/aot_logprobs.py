@@ -14,7 +14,7 @@ TYPES = {
     "grad_entropy_ptr": "*fp32",
     "partials_ptr": "*fp32",
     "u_labels_ptr": "*fp32",
-    "arrived_ptr": "*i32",
+    "counters_ptr": "*i32",
     "num_tiles": "i32",
     "lag": "i32",
     "vocab_size": "i32:16",
@@ -36,34 +36,36 @@ def token_cases() -> dict[str, tuple]:
     found = {}
     for kind, softcap, entropy in (("bf16", False, True), ("bf16", True, False), ("fp32", True, True)):
         types = TYPES | {"logits_ptr": f"*{kind}", "out_ptr": f"*{kind}"}
-        forward = logprobs.tiling(LLAMA, logprobs.FORWARD_TILE_BYTES // (2 if kind == "bf16" else 4))
-        backward = logprobs.tiling(LLAMA, logprobs.BACKWARD_TILE) | {"HAS_ENTROPY": entropy}
-        flags, name = {"HAS_SOFTCAP": softcap}, f"{kind}{' softcap' if softcap else ''}"
-        found[f"forward {name}"] = (logprobs.forward_kernel, types, forward | flags)
-        found[f"backward {name}"] = (logprobs.backward_kernel, types, backward | flags)
-    found["forward odd"] = (logprobs.forward_kernel, types | ODD, forward | flags)
-    combine = {key: value for key, value in long_rows(QWEN).items() if key != "BLOCK"}
-    return found | {"combine": (logprobs.combine_kernel, types, combine | flags | {"num_warps": 2})}
+        forward = logprobs.tiling(LLAMA, 30.0 if softcap else None)
+        backward = forward | {"HAS_ENTROPY": entropy}
+        name = f"{kind}{' softcap' if softcap else ''}"
+        found[f"forward {name}"] = (logprobs.forward_kernel, types, forward)
+        found[f"backward {name}"] = (logprobs.backward_kernel, types, backward)
+    padded = types | {"vocab_size": "i32"}
+    found["forward odd, padded"] = (logprobs.forward_kernel, padded, logprobs.tiling(50_257, None))
+    found["forward odd"] = (logprobs.forward_kernel, types | ODD, forward)
+    combine = {key: value for key, value in long_rows(QWEN).items() if key not in ("BLOCK", "POLLS")}
+    return found | {"combine": (logprobs.combine_kernel, types, combine | {"num_warps": 2})}
 
 
 def head_cases() -> dict[str, tuple]:
     fp32 = TYPES | {"logits_ptr": "*fp32", "out_ptr": "*fp32"}
     bf16 = fp32 | {"out_ptr": "*bf16"}
-    short = logprobs.tiling(4096, head.TILE)
-    plain, softcap = {"HAS_SOFTCAP": False}, {"HAS_SOFTCAP": True}
+    short, capped = logprobs.tiling(logprobs.TILE, None), logprobs.tiling(logprobs.CAPPED_TILE, 30.0)
     return {
-        "head bf16": (head.long_rows_kernel, bf16, long_rows(LLAMA) | plain),
-        "head bf16 softcap": (head.long_rows_kernel, bf16, long_rows(QWEN) | softcap),
-        "head fp32": (head.long_rows_kernel, fp32, long_rows(LLAMA) | plain),
-        "head odd": (head.long_rows_kernel, bf16 | ODD, long_rows(50_257) | softcap),
-        "head bf16, short rows": (head.short_rows_kernel, bf16, short | plain),
-        "head fp32 softcap, short rows": (head.short_rows_kernel, fp32, short | softcap),
+        "head bf16": (head.long_rows_kernel, bf16, long_rows(LLAMA)),
+        "head bf16 softcap": (head.long_rows_kernel, bf16, long_rows(QWEN, 30.0)),
+        "head fp32": (head.long_rows_kernel, fp32, long_rows(LLAMA)),
+        "head odd, padded": (head.long_rows_kernel, bf16 | {"vocab_size": "i32"}, long_rows(50_257)),
+        "head odd": (head.long_rows_kernel, bf16 | ODD, long_rows(50_257, 30.0)),
+        "head bf16, short rows": (head.short_rows_kernel, bf16, short),
+        "head fp32 softcap, short rows": (head.short_rows_kernel, fp32, capped),
     }
 
 
-def long_rows(vocab_size: int) -> dict[str, int]:
-    sizes = logprobs.tiling(vocab_size, head.TILE)
-    return sizes | {"LANES": triton.next_power_of_2(sizes["TILES"])}
+def long_rows(vocab_size: int, softcap: float | None = None) -> dict[str, int]:
+    sizes = logprobs.tiling(vocab_size, softcap)
+    return sizes | {"LANES": triton.next_power_of_2(sizes["TILES"]), "POLLS": head.POLLS}
 
 
 def one_word_cases() -> dict[str, tuple]:

@@ -16,7 +16,14 @@ FLOATS = (
 NUMBERS = "divisor lower upper dual_clip is_clip kl_coef entropy_coef clip beta smoothing log_kept log_flipped center gamma lam eps"
 TYPES = {f"{name}_ptr": "*fp32" for name in FLOATS.split()} | dict.fromkeys(NUMBERS.split(), "fp32")
 TYPES |= {"mask_ptr": "*u8", "cu_seqlens_ptr": "*i32", "arrived_ptr": "*i32"}
-TYPES |= {"num_tokens": "i32:16", "num_pairs": "i32", "width": "i32:16", "num_rewards": "i32", "group_size": "i32"}
+TYPES |= {
+    "num_tokens": "i32:16",
+    "num_pairs": "i32",
+    "width": "i32:16",
+    "num_sequences": "i32",
+    "num_rewards": "i32",
+    "group_size": "i32",
+}
 TYPES |= {"ids_ptr": "*i64"}
 POLICY = {
     "KIND": "clip",
@@ -105,16 +112,19 @@ def of_sequences() -> dict[str, tuple]:
             shaped | {"PACKED": False, "width": 1, "BLOCK": 32, "num_warps": 1},
         ),
         "moments": (advantages.moments_kernel, TYPES, flat | merge),
-        "whiten": (advantages.whiten_kernel, TYPES, flat | {"SHIFT_MEAN": True, "ALONE": False}),
+        "whiten": (advantages.whiten_kernel, TYPES, flat | {"SHIFT_MEAN": True, "ALONE": False, "PACKED": False}),
         "whiten alone": (
             advantages.whiten_kernel,
             TYPES,
-            {"SHIFT_MEAN": False, "ALONE": True, "BLOCK": advantages.SMALL, "num_warps": advantages.SMALL_WARPS},
+            {"SHIFT_MEAN": False, "ALONE": True, "PACKED": False}
+            | {"BLOCK": advantages.SMALL, "num_warps": advantages.SMALL_WARPS},
         ),
+        "whiten packed": (advantages.whiten_kernel, TYPES, flat | {"SHIFT_MEAN": True, "ALONE": False, "PACKED": True}),
     }
     for average in (False, True):
         name = f"sequence {'means' if average else 'sums'}"
         found[name] = (logprobs.sequence_sum_kernel, TYPES, packed | {"AVERAGE": average})
+        found[f"{name} padded"] = (logprobs.sequence_sum_kernel, TYPES, padded | {"AVERAGE": average})
         found[f"{name} backward"] = (logprobs.sequence_spread_kernel, TYPES, padded | {"AVERAGE": average})
     sizes = {"OWN": advantages.OWN, "OTHERS": advantages.OTHERS, "num_warps": advantages.GROUP_WARPS}
     for scale, has_ids in (("group", True), ("batch", True), ("group", False)):

@@ -338,50 +338,50 @@ TRITON = (
     Mutant(
         "end of the row not masked",
         "kernels/logprobs/triton_impl.py",
-        'd = tl.where(inside, tl.fma(u, outer, -offset), float("-inf"))',
-        "d = tl.fma(u, outer, -offset)",
+        'u = tl.where(column < vocab_size, u, float("-inf"))',
+        "u = u + 0.0",
         on("triton", TOKENS),
     ),
     Mutant(
         "temperature dropped from backward",
         "kernels/logprobs/triton_impl.py",
-        "d_z * slope(u, inner, outer, HAS_SOFTCAP)",
-        "d_z",
+        'at_label * slope, float("nan"))',
+        'at_label, float("nan"))',
         on("triton", TOKENS),
     ),
     Mutant(
         "softcap slope dropped",
         "kernels/logprobs/triton_impl.py",
-        "outer = outer * inner * (1.0 - u * u)",
-        "outer = outer * inner",
+        "d_x *= 1.0 - u * u",
+        "d_x *= 1.0 + 0.0 * u",
         on("triton", TOKENS),
     ),
     Mutant(
         "tiles' entropies added without moving their maximum",
         "kernels/logprobs/triton_impl.py",
-        "moments = decay * (moments + tl.where(decay == 0.0, 0.0, shift) * totals)",
+        "moments = decay * (moments + tl.maximum(shift, -126.0) * totals)",
         "moments = decay * moments",
         on("triton", TOKENS),
     ),
     Mutant(
         "log-sum-exp in float32",
         "kernels/logprobs/triton_impl.py",
-        "tl.store(lse_ptr + row, peak.to(tl.float64) + log_total.to(tl.float64))",
-        "tl.store(lse_ptr + row, (peak + log_total).to(tl.float64))",
+        "(peak + log_total.to(tl.float64))",
+        "(peak + log_total.to(tl.float64)).to(tl.float32)",
         on("triton", TOKENS) + on("triton", "test_logprobs.py::test_gradient_of_confident_tokens_keeps_its_digits"),
     ),
     Mutant(
         "probability rounded before the label's 1 - p",
         "kernels/linear_logprobs/triton_impl.py",
-        "d_x = (tl.where(column == label, 1.0, 0.0) - p) *",
-        "d_x = (tl.where(column == label, 1.0, 0.0) - p.to(tl.bfloat16).to(tl.float32)) *",
+        "at_label = slope * ((total - tl.exp2(distance(u_label, top, outer))) / total)",
+        "at_label = slope * (1.0 - (tl.exp2(distance(u_label, top, outer)) / total).to(tl.bfloat16).to(tl.float32))",
         on("triton", HEAD),
     ),
     Mutant(
         "logit scale missing in the gradient",
         "kernels/linear_logprobs/triton_impl.py",
-        "* slope(u, inner, outer, HAS_SOFTCAP)",
-        "* slope(u, inner, outer, HAS_SOFTCAP) / outer",
+        "        slope = outer * _LN_2\n",
+        "        slope = 1.0\n",
         on("triton", HEAD),
     ),
     Mutant(
@@ -585,4 +585,93 @@ NATIVE = (
     ),
 )
 
-MUTANTS = PYTHON + TRITON + NATIVE
+NORM, NORM_EDGES = "test_norm.py::test_values_and_gradients_are_no_worse_than_plain_pytorch", "test_norm.py"
+MLP, LORA = "test_lora.py::test_an_mlp_equals_plain_pytorch", "test_lora.py"
+LAYERS = (
+    Mutant(
+        "the mean's share of the gradient dropped",
+        "kernels/norm/reference.py",
+        "(scaled - unit * (scaled * unit).mean(-1, keepdim=True))",
+        "scaled",
+        (NORM,),
+    ),
+    Mutant(
+        "the offset dropped from backward",
+        "kernels/norm/reference.py",
+        "scaled = grad * _scale(promote(weight), offset)",
+        "scaled = grad * promote(weight)",
+        (NORM,),
+    ),
+    Mutant(
+        "the mean over the block, not the row",
+        "kernels/norm/triton_impl.py",
+        "mean = tl.sum(scaled * unit, 1) / width",
+        "mean = tl.sum(scaled * unit, 1) / BLOCK",
+        (NORM,),
+    ),
+    Mutant(
+        "the offset dropped from forward",
+        "kernels/norm/triton_impl.py",
+        "weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32) + offset\n    store_rows",
+        "weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)\n    store_rows",
+        (NORM,),
+    ),
+    Mutant(
+        "slabs of the trained weight overlap",
+        "kernels/norm/triton_impl.py",
+        "in range(tl.program_id(0) * ROWS, num_rows,",
+        "in range(0, num_rows,",
+        (NORM,),
+    ),
+    Mutant(
+        "a note believed after the result was written over",
+        "kernels/norm/__init__.py",
+        "return note if note is not None and note.version == tensor._version else None",
+        "return note",
+        (NORM_EDGES,),
+    ),
+    Mutant(
+        "the derivative of silu without its second term",
+        "kernels/lora/reference.py",
+        "p * (1.0 + z * (1.0 - p))",
+        "p",
+        (MLP,),
+    ),
+    Mutant(
+        "the inner derivative of gelu dropped",
+        "kernels/lora/triton_impl.py",
+        " * 0.7978845608028654 * (1.0 + 0.134145 * z * z)",
+        " * 0.7978845608028654",
+        (MLP,),
+    ),
+    Mutant(
+        "the product not left behind",
+        "kernels/lora/triton_impl.py",
+        "tl.store(grad_ptr + at, (value * up).to(kind), mask=inside)",
+        "tl.store(grad_ptr + at, grad.to(kind), mask=inside)",
+        (MLP,),
+    ),
+    Mutant(
+        "scaling dropped from the input's gradient",
+        "kernels/lora/__init__.py",
+        "out.addmm_(grad @ self.b, self.a, alpha=self.scaling)",
+        "out.addmm_(grad @ self.b, self.a)",
+        (MLP,),
+    ),
+    Mutant(
+        "gradients of the adapter in the type computed in",
+        "kernels/lora/__init__.py",
+        "return left.to(dtype) @ right.to(dtype)",
+        "return left @ right",
+        (LORA,),
+    ),
+    Mutant(
+        "autocast left on in the pass",
+        "kernels/lora/__init__.py",
+        "return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()",
+        "return contextlib.nullcontext()",
+        (LORA,),
+    ),
+)
+
+MUTANTS = PYTHON + TRITON + NATIVE + LAYERS

@@ -190,8 +190,8 @@ def test_long_rows_give_the_same_bits_whatever_the_lag_and_the_batch(monkeypatch
     """3 tiles a row, so a lag of 3 to 40 programs: the fewest it may be, and more than there are tiles."""
     module = pytest.importorskip("rlhf_fast.kernels.linear_logprobs.triton_impl")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = torch.randn(4, 2 * 4096 + 7, generator=torch.Generator().manual_seed(0)).to(device) * 3
-    labels = torch.tensor([0, 8198, IGNORED, 5000], device=device)
+    logits = torch.randn(4, 2 * 8192 + 7, generator=torch.Generator().manual_seed(0)).to(device) * 3
+    labels = torch.tensor([0, 16390, IGNORED, 9000], device=device)
 
     def run(rows, lag, inplace):
         monkeypatch.setattr(module, "lag_of", lambda tiles, device: lag)
@@ -205,6 +205,18 @@ def test_long_rows_give_the_same_bits_whatever_the_lag_and_the_batch(monkeypatch
     for row in range(4):
         assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(run(slice(row, row + 1), 5, True), expected))
     assert (expected[-1][2] == 0).all() and expected[-1].isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs programs that run one after the other")
+def test_a_wait_that_never_ends_becomes_nan(monkeypatch):
+    """A lag shorter than a row waits for tiles that have not started: 3 tiles a row here, of which 2 have by then."""
+    module = pytest.importorskip("rlhf_fast.kernels.linear_logprobs.triton_impl")
+    monkeypatch.setattr(module, "lag_of", lambda tiles, device: 1)
+    monkeypatch.setattr(module, "POLLS", 3)
+    logits = torch.randn(1, 2 * 8192 + 7)
+    out = torch.empty_like(logits)
+    logprobs, *_ = module.head_rows(logits, torch.tensor([5]), 1.0, None, IGNORED, 1.0, out)
+    assert logprobs.isnan().all() and out[:, :8192].isnan().all()
 
 
 def test_ignored_rows_are_never_read(backend, device, monkeypatch):

@@ -117,6 +117,14 @@ def test_in_16_bits_an_mlp_is_no_worse_than_peft(backend, device, no_worse, acti
         no_worse(a, b, c)
 
 
+def test_gradients_of_float32_adapters_are_not_rounded_on_the_way():
+    """Sums of 257 ones, which bfloat16 does not have: 256 or 258."""
+    x, weight = torch.ones(257, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    a, b = (torch.ones(1, 1, requires_grad=True) for _ in range(2))
+    lora_linear(x, LoraWeights(weight, a, b)).sum().backward()
+    assert a.grad.item() == b.grad.item() == 257
+
+
 @pytest.mark.parametrize("activation", ACTS)
 def test_activations_far_from_zero(backend, device, activation):
     """Through identity layers: values and slopes of the whole range, in its limits exactly 0 or z."""

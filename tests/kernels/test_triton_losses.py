@@ -321,6 +321,32 @@ def test_only_the_default_stream_shares_a_counter(monkeypatch):
     kl_impl._counter_of_default_stream.cache_clear()
 
 
+def test_packed_boundaries_reach_no_token_outside_and_leave_none_unwritten():
+    """On a GPU nobody has read them. 12 tokens: sequences [2, 5) and [5, 9), or a last one that ends at 40."""
+    memory = torch.full((3, 60), 7.0, device=DEVICE)
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask = torch.ones(60, dtype=torch.bool, device=DEVICE)[:12]
+    for offsets, claimed in (([2, 5, 9], slice(2, 9)), ([2, 5, 40], slice(2, 12)), ([-3, 5, 9], slice(0, 9))):
+        cu = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+        outside = torch.ones(12, dtype=torch.bool, device=DEVICE)
+        outside[claimed] = False
+        inputs = memory.clone()
+        inputs[:, :12] = x
+        packed = [row[:12] for row in inputs]
+        scores = torch.ones(2, device=DEVICE)
+        results = [
+            *advantages_impl.gae_packed(*packed[:2], mask, None, cu, 0.9, 0.8),
+            advantages_impl.shaped_rewards(scores, *packed[:2], mask, cu, 0.1, "k1", None),
+            *advantages_impl.kl_shaped_gae(scores, *packed, mask, None, cu, 0.1, "k1", None, 0.9, 0.8, True, 1e-8),
+            logprobs_impl.sequence_logprobs_backward(scores, mask, cu, scores, False),
+        ]
+        for result in results:
+            assert result.isfinite().all() and (result[outside] == 0).all() and (result[claimed] != 0).any()
+        sums, counts = logprobs_impl.sequence_logprobs(packed[0], mask, cu, False)
+        assert counts.sum() == claimed.stop - claimed.start
+        torch.testing.assert_close(sums.sum(), x[0, claimed].sum())
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_kl_penalty_matches_the_reference(estimator):
     logprobs, ref = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
+import types
 
 import pytest
 import torch
@@ -10,9 +13,16 @@ import transformers
 
 from rlhf_fast.data.batch import Example, Span, TokenBatch
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import load
+from rlhf_fast.models import attention, load
 from rlhf_fast.models.adapters import lora_config
-from rlhf_fast.models.attention import IMPLEMENTATIONS, Segments, check_implementation, packed_attention, refusal
+from rlhf_fast.models.attention import (
+    IMPLEMENTATIONS,
+    Segments,
+    _misfit,
+    check_implementation,
+    packed_attention,
+    refusal,
+)
 
 VOCAB = 64
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -172,6 +182,14 @@ def test_attention_is_the_softmax_of_its_definition(window):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
+def test_the_gradient_of_a_shared_row_is_summed_in_float32():
+    """A thousand ones in bfloat16, which alone would stop at 256."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU's index_add does so anyhow
+    x = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True, device=device)
+    attention._take(x, torch.tensor([1] * 1000 + [2], device=device)).sum().backward()
+    assert x.grad.tolist() == [[0.0, 0.0], [1000.0, 1000.0], [1.0, 1.0]] and x.grad.dtype == torch.bfloat16
+
+
 def test_no_mask_is_built_for_rows_of_their_own():
     """Masks grow with the square of the length; plain causal attention needs none, a prompt's responses share one."""
     plain = Segments([Span(0, 1000), Span(1000, 600), Span(1600, 3)], torch.device("cpu"))
@@ -204,6 +222,112 @@ def test_what_the_device_cannot_run_is_refused_when_named_and_passed_over_when_n
         policy.attention = name
         with pytest.raises(UserError, match=f"attn_implementation is {name}"):
             policy.logprobs(TokenBatch.pack(examples))
+
+
+def documented(query, key, value, cu_q, cu_k, max_q, max_k, scale=None, window=(-1, -1)):
+    """What torch.nn.attention.varlen and flash-attn document: attention span by span, windows aligned at the end."""
+    outputs = []
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    for (a, b), (c, d) in zip(*(itertools.pairwise(x.tolist()) for x in (cu_q, cu_k))):
+        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        at = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)  # keys that lie behind, by how far
+        sees = (at >= -window[1]) if window[1] >= 0 else torch.ones_like(at, dtype=torch.bool)
+        sees &= (at <= window[0]) if window[0] >= 0 else True
+        scores = q @ k.mT * (scale or q.shape[-1] ** -0.5)
+        outputs.append((scores.masked_fill(~sees, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def kernels_as_documented(monkeypatch):
+    """Neither kernel runs on a CPU: here they are what their documentation says."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa or q.shape[1] == k.shape[1]
+        return documented(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_q,
+        max_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
+        window = (window_size[0], 0) if causal else window_size
+        return documented(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, softmax_scale, window)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    attention._varlen_arguments.cache_clear()
+    yield
+    attention._varlen_arguments.cache_clear()
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 11])
+@pytest.mark.parametrize("name", sorted(set(IMPLEMENTATIONS) - {"sdpa"}))
+def test_kernels_that_do_what_they_document_give_the_same_attention(name, window, kernels_as_documented):
+    """The arguments that we pass, on spans with and without a shared prompt; float64, forward and backward."""
+    spans, _, *inputs = problem()
+    inputs = [x[0].transpose(0, 1).clone().requires_grad_() for x in inputs]
+    results = []
+    for run in (IMPLEMENTATIONS["sdpa"], IMPLEMENTATIONS[name]):
+        for some in (spans, [Span(0, 12), Span(12, 9)]):
+            out = run(*inputs, Segments(some, torch.device("cpu")), 0.3, window, 0.0)
+            weights = torch.arange(float(out.numel()), dtype=out.dtype).sin().view_as(out)
+            results.append([out, *torch.autograd.grad(out, inputs, weights)])
+    for want, got in zip(results[:2], results[2:]):
+        for a, b in zip(want, got):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
+
+
+def test_a_kernel_is_tried_on_a_small_problem_before_it_is_trusted(kernels_as_documented):
+    """Once, and where a checkpointed layer runs first: its second run, without the trial, must save the same tensors."""
+    shape = (torch.device("cpu"), torch.bfloat16, 4, 2, 16)
+    for run in IMPLEMENTATIONS.values():
+        assert _misfit(run, *shape) is None
+
+    def no_window(*args):
+        return IMPLEMENTATIONS["sdpa"](*args[:5], None, *args[6:])
+
+    def no_prefix(query, key, value, segments, *rest):
+        alone = Segments([Span(s.start, s.length) for s in segments.spans], segments.device)
+        return IMPLEMENTATIONS["sdpa"](query, key, value, alone, *rest)
+
+    def broken(*args):
+        raise RuntimeError("no kernel image is available\nand more")
+
+    assert _misfit(no_window, *shape) == (
+        "on a small problem its output differs from scaled_dot_product_attention's (window 4)"
+    )
+    assert "output differs" in _misfit(no_prefix, *shape)
+    assert _misfit(broken, *shape) == "it failed on a small problem (no kernel image is available)"
+
+    calls = []
+
+    def layer(x):
+        if not calls:
+            calls.append(_misfit(IMPLEMENTATIONS["varlen"], *shape))
+        return x.sin()
+
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert calls == [None]
+    torch.testing.assert_close(x.grad, x.detach().cos())
+
+
+def test_attention_that_is_not_causal_is_refused(tokenizer, examples):
+    policy = load(family("Gemma3Text", use_bidirectional_attention=True), tokenizer=tokenizer)
+    with pytest.raises(UserError, match="Gemma3Attention asks for attention with no causal mask"):
+        policy.logprobs(TokenBatch.pack(examples))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -84,9 +84,10 @@ def test_how_a_window_is_split_changes_nothing(name, lora, sgd, make_model, toke
 
     more = {"scripted": scripted} if name[:4] in ("grpo", "ppo") else {}
     results = []
-    for size in (8, 2, 1):
+    # by records, and by tokens: so few that the longest records are alone and the others share
+    for size, budget in ((8, None), (2, None), (1, None), (8, 24), (8, 1)):
         split = settings(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, learning_rate=0.02)
-        results.append(run(ALGORITHMS[name](make, **more, **split)))
+        results.append(run(ALGORITHMS[name](make, **more, **split, micro_batch_tokens=budget)))
     whole, *splits = results
     assert len(whole.losses) == {"sft": 2, "reward": 2, "dpo": 2, "grpo": 4, "ppo": 4}[name.split()[0]]
     for split in splits:

@@ -1,0 +1,179 @@
+"""Memory of a run on a real model: the plan that settles what the config leaves open, and its rehearsal.
+
+The arithmetic is in :mod:`rlhf_fast.run.memory`; here are the counts of the model, the device's size, and the trial of the
+largest micro-batch before the first step, so that a run that does not fit says so at once and not hours later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.run import memory
+from rlhf_fast.run.checkpoint import rng_state, set_rng_state
+from rlhf_fast.run.memory import GB, OPTIMIZER_BYTES, Job, Part, Plan
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def job_of(trainer: Trainer) -> Job:
+    """The trainer's run as the plan sees it, with the settings that are in force."""
+    a, policy = trainer.args, trainer.policy
+    config = policy.model.config.to_dict()
+    name = str(getattr(policy.model, "name_or_path", "")) or config.get("model_type", "")
+    wide = policy.model.get_input_embeddings().weight.element_size() == 4 and policy.compute_dtype is None
+    return Job(
+        shape=memory.Shape.of(config, name, strict=False),
+        method=trainer.method,
+        full=not policy.adapters.names,
+        base="fp32" if wide else "bf16",
+        lora_r=policy.adapters.config(policy.role).r if policy.adapters.names else a.lora_r,
+        kernels="fused" if getattr(policy, "fused", False) else "peft",
+        optimizer=getattr(a, "optim", "adamw"),
+        checkpointing=a.gradient_checkpointing is not False,
+        offload=bool(a.offload_activations),
+        device=trainer.accelerator.device.type,
+        **trainer.sizes(),
+    )
+
+
+def weights_of(models: Iterable[nn.Module], optimizer: str) -> list[Part]:
+    """The "always" parts, counted: what is frozen, what is trained, and what training adds to it."""
+    tensors = {}
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensors[tensor.untyped_storage().data_ptr(), tensor.storage_offset()] = tensor
+    frozen = sum(t.nbytes + _constants(t) for t in tensors.values() if not t.requires_grad)
+    trained = [t for t in tensors.values() if t.requires_grad]
+    count = sum(t.numel() for t in trained)
+    parts = [
+        Part("frozen weights", frozen, "always"),
+        Part("trained weights", sum(t.nbytes for t in trained), "always"),
+        Part("gradients", sum(t.nbytes for t in trained), "gradients"),
+        Part(f"{optimizer} state", OPTIMIZER_BYTES.get(optimizer, OPTIMIZER_BYTES["adamw"]) * count, "always"),
+    ]
+    return [p for p in parts if p.bytes]
+
+
+def _constants(tensor: torch.Tensor) -> int:
+    """Bytes of the quantisation constants that a 4-bit weight carries along."""
+    states = [getattr(tensor, "quant_state", None)]
+    states += [getattr(states[0], "state2", None)]
+    return sum(x.nbytes for state in states if state for x in vars(state).values() if isinstance(x, torch.Tensor))
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process may use, what it holds already and its CUDA context included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    mine = torch.cuda.memory_reserved(device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free + mine, int(total * fraction)) + memory.CONTEXT_BYTES
+
+
+def plan_of(trainer: Trainer, available: int | None = None, settle: bool = False) -> Plan:
+    """What the run takes as it is; with ``settle``, what it had best do about the settings that the config leaves open."""
+    a, job = trainer.args, job_of(trainer)
+    weights = weights_of(trainer.models(), job.optimizer)
+    if not settle:
+        return memory.plan(job, available, weights)
+    given = {
+        "checkpointing": a.gradient_checkpointing,
+        "offload": a.offload_activations,
+        "micro_batch_tokens": a.micro_batch_tokens,
+    }
+    return memory.choose(job, available, weights, free=[name for name, value in given.items() if value is None])
+
+
+# -------------------------------------------------------------------------------------------------------------- rehearsal
+
+
+@dataclass
+class Trial:
+    """How far the trial of a micro-batch came."""
+
+    tokens: int
+    stage: str = "forward pass"
+    error: str | None = None  # None: it fitted
+
+
+def rehearse(trainer: Trainer) -> int:
+    """Forward and backward of the largest micro-batch, without effect; halves ``micro_batch_tokens`` until it fits.
+
+    Weights, optimizer, metrics and random state are as before, gradients are dropped.
+
+    Returns:
+        Tokens of the micro-batch that fitted.
+    Raises:
+        UserError: the smallest micro-batch does not fit; says in which pass, what takes the most, and what to change.
+    """
+    smallest = trainer.sizes()["record_tokens"]
+    while (trial := _try(trainer)).error is not None:
+        if trial.tokens <= smallest:
+            raise UserError(_too_large(trainer, trial))
+        trainer.micro_batch_tokens = max(smallest, trial.tokens // 2)
+        trainer.say(
+            f"memory: a micro-batch of {trial.tokens:,} tokens does not fit (in the {trial.stage}); going on with "
+            f"micro_batch_tokens {trainer.micro_batch_tokens}"
+        )
+    return trial.tokens
+
+
+def _try(trainer: Trainer) -> Trial:
+    before, random = dict(vars(trainer)), rng_state()
+    trial = Trial(0)
+    try:
+        records = trainer.largest()
+        trial.tokens = trainer.tokens(records)
+        alone = trainer.accelerator.num_processes == 1
+        with contextlib.nullcontext() if alone else trainer.accelerator.no_sync(trainer.model):
+            for loss, *_ in trainer.losses(records, trainer.own_window(records)):
+                trial.stage = "backward pass"
+                trainer.accelerator.backward(loss)
+                trial.stage = "forward pass"
+    except torch.OutOfMemoryError as error:
+        trial.error = str(error).splitlines()[0]
+    finally:
+        vars(trainer).update(before)  # what the losses noted down
+        trainer.optimizer.zero_grad(set_to_none=True)
+        set_rng_state(random)
+    if trial.error is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return trial
+
+
+def _too_large(trainer: Trainer, trial: Trial) -> str:
+    made = plan_of(trainer)
+    parts = sorted((p for p in made.parts if p.when != "rollout"), key=lambda p: -p.bytes)[:3]
+    takes = ", ".join(f"{p.name} {p.bytes / GB:.2f} GB" for p in parts)
+    return (
+        f"out of memory in the {trial.stage} of the smallest micro-batch, one record of {trial.tokens:,} tokens "
+        f"({takes}); {_remedy(trainer, made.job)}. The device said: {trial.error}"
+    )
+
+
+def _remedy(trainer: Trainer, job: Job) -> str:
+    """The one setting to change next."""
+    if not job.checkpointing:
+        return "set gradient_checkpointing: true"
+    if trainer.policy.host_inputs is None:
+        return "set offload_activations: true"
+    limit = "max_completion_length" if job.samples else "max_length"
+    return f"halve {limit} (now {getattr(trainer.args, limit, job.length)}), or train an adapter on a 4-bit base"
+
+
+def compare(made: Plan, peak: int) -> str:
+    """The plan beside what the device measured, in one line."""
+    off = made.tensors / max(peak, 1) - 1
+    return f"memory: planned {made.tensors / GB:.1f} GB, peak {peak / GB:.1f} GB ({off:+.0%})"

@@ -1,0 +1,360 @@
+"""Memory of real small runs: the plan against what the allocator saw, and the rehearsal before the first step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rlhf_fast import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rlhf_fast.errors import UserError
+from rlhf_fast.run.checkpoint import rng_state
+from rlhf_fast.run.memory import GB, Job, Part, Plan, find_shape
+from rlhf_fast.trainers.memory import compare, plan_of, weights_of
+
+ROWS = [{"prompt": f"{i}. ", "completion": w} for i, w in enumerate(["a", "to be", "seventeen", "q", "1,000,000"])]
+PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"][:1] + "?"} for r in ROWS]
+PROMPTS = [{"prompt": f"{i}+"} for i in range(4)]
+
+
+def letters(completions, **_):
+    return [float(len(set(c))) for c in completions]
+
+
+@pytest.fixture
+def make(make_model, tokenizer, settings, scripted):
+    """make(method, model options, **settings) -> a trainer of a tiny run."""
+    responses = {p["prompt"]: ["abc", "abcdefg", "x!", "to be or not"] for p in PROMPTS}
+    table = {
+        "sft": (SFTTrainer, SFTConfig, ROWS, {"packing": False}),
+        "reward": (RewardTrainer, RewardConfig, PAIRS, {}),
+        "dpo": (DPOTrainer, DPOConfig, PAIRS, {}),
+        "ppo": (PPOTrainer, PPOConfig, PROMPTS, {"entropy_coef": 0.01}),
+        "grpo": (GRPOTrainer, GRPOConfig, PROMPTS, {"num_generations": 4, "num_iterations": 2, "beta": 0.1}),
+    }
+
+    def build(method, model=None, rows=None, engine=None, **more):
+        trainer, config, default_rows, own = table[method]
+        options = {"per_device_train_batch_size": 4, **own, **more}
+        if method in ("ppo", "grpo"):
+            options.setdefault("max_completion_length", 16)
+        args = config(**settings(**options))
+        given = {"train_dataset": rows or default_rows, "processing_class": tokenizer}
+        if method in ("ppo", "grpo"):
+            given |= {"reward_funcs": letters, "engine": engine or scripted(responses)}
+        return trainer(model or make_model(), args=args, **given)
+
+    return build
+
+
+# ---- the plan against the allocator
+
+
+def peak_bytes(f) -> int:
+    """The most bytes that ``f`` had allocated at a time, counted at the allocator: also inside of operations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        f()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_the_counter_sees_what_lives_at_once_also_inside_of_an_operation():
+    def f():
+        a = torch.zeros(250_000)
+        b = a * 2  # two at once
+        del a
+        return b.sum()
+
+    assert peak_bytes(f) == pytest.approx(2_000_000, abs=1000)
+    x = torch.rand(1000, 1000)
+    assert peak_bytes(lambda: x.sort(dim=0).values.sum()) >= 12_000_000, "values and the indices inside"
+
+
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "max_position_embeddings": 1024}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "initializer_range": 0.02}
+RUNS = {
+    "sft lora": ("sft", {"use_peft": True}),
+    "sft lora, two micro-batches": ("sft", {"use_peft": True, "micro_batch_tokens": 1024}),
+    "sft lora, everything kept": ("sft", {"use_peft": True, "gradient_checkpointing": False}),
+    "sft lora in bfloat16": ("sft", {"use_peft": True, "dtype": "bfloat16"}),
+    "sft all weights": ("sft", {}),
+    "sft all weights, everything kept": ("sft", {"gradient_checkpointing": False}),
+    "dpo lora": ("dpo", {"use_peft": True}),
+    "reward lora": ("reward", {"use_peft": True}),
+    "grpo lora": ("grpo", {"use_peft": True}),
+    "ppo lora": ("ppo", {"use_peft": True}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_planned_peak_is_within_ten_percent_of_what_the_allocator_saw(name, make, make_model, scripted):
+    """Two optimizer steps of 8 sequences of about 250 tokens: micro-batches of 2,000, or of 1,000."""
+    method, more = RUNS[name]
+    prompts = [{"prompt": c * 63} for c in "abcdefgh"]
+    pairs = [{"prompt": "a" * 125, "chosen": "b" * 125, "rejected": "c" * 125} for _ in range(4)]
+    sft = [{"prompt": "a" * 125, "completion": "b" * 125} for _ in range(8)]
+    rows = {"sft": sft, "dpo": pairs, "reward": pairs}.get(method, prompts)
+    more = {"gradient_checkpointing": True, "max_steps": 2, "logging_steps": 9, "lora_r": 8, **more}
+    if method in ("grpo", "ppo"):
+        script = {p["prompt"]: ["x" * 191 + "!", "y" * 190 + "z!"] for p in prompts}
+        more |= {"engine": scripted(script), "max_completion_length": 192}
+    size = 4 if method in ("dpo", "reward") else 8
+    model = make_model(**SMALL)
+    if more.get("dtype") == "bfloat16":
+        model = model.to(torch.bfloat16)
+    made = make(method, model, rows, per_device_train_batch_size=size, **more)
+    made.policy.train()
+
+    def train():
+        for _ in range(2):
+            made._begin_round()
+            made._optimizer_step(made.plan.pop(0))
+
+    planned = plan_of(made)
+    before = sum(p.bytes for p in planned.parts if p.name in ("frozen weights", "trained weights"))
+    update = max(value for moment, value in planned.peaks.items() if moment != "rollout")  # nothing is sampled here
+    assert update == pytest.approx(before + peak_bytes(train), rel=0.1)
+
+
+def test_weights_are_counted_once_however_often_they_are_used(make, make_model):
+    made = make("ppo", make_model(tie_word_embeddings=True), use_peft=True, lora_r=2)
+    parts = {p.name: p.bytes for p in weights_of([made.policy, made.policy.model], "adamw")}
+    trained = sum(p.numel() for p in made.policy.parameters() if p.requires_grad)
+    assert parts["trained weights"] == parts["gradients"] == 4 * trained
+    assert parts["adamw state"] == 8 * trained
+    frozen = sum(p.nbytes for p in made.policy.parameters() if not p.requires_grad)
+    assert parts["frozen weights"] == pytest.approx(frozen, rel=0.01)  # and a few buffers
+
+
+def test_the_plan_and_the_peak_are_reported_together():
+    made = Plan(Job(shape=find_shape("Qwen2.5-7B")), (Part("weights", 21.3 * GB, "always"),), None)
+    assert compare(made, int(20.9 * GB)) == "memory: planned 21.3 GB, peak 20.9 GB (+2%)"
+
+
+# ---- what the plan settles
+
+
+def test_the_plan_answers_what_the_config_leaves_open_and_nothing_else(make, make_model, monkeypatch, capsys, run):
+    """On a device as large as this very run needs: all is kept, recomputed, recomputed and offloaded."""
+
+    def build(**more):
+        model = make_model(num_hidden_layers=8)
+        options = {"use_peft": True, "lora_r": 2, "gradient_checkpointing": None, "quiet": False, "max_steps": 1}
+        return make("sft", model, **{**options, **more})
+
+    ends = []
+    for checkpointing, offload in ((False, False), (True, False), (True, True)):
+        monkeypatch.undo()
+        needed = plan_of(build(gradient_checkpointing=checkpointing, offload_activations=offload)).tensors
+        monkeypatch.setattr(
+            "rlhf_fast.trainers.trainer.device_bytes", lambda device, needed=needed: int(needed * 1.001)
+        )
+        capsys.readouterr()
+        made = build()
+        assert (made.memory_plan.job.checkpointing, made.memory_plan.job.offload) == (checkpointing, offload)
+        assert (made.policy.host_inputs is not None) == offload
+        assert made.micro_batch_tokens == made.memory_plan.job.tokens <= made.sizes()["window_tokens"]
+        assert "memory: 0.0 GB planned of 0.0 GB: micro_batch_tokens" in capsys.readouterr().out
+        ends.append(run(made).weights)
+    for end in ends[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ends[0].values(), end.values()))
+    made = build(gradient_checkpointing=False, micro_batch_tokens=31)
+    assert (made.micro_batch_tokens, made.memory_plan.job.checkpointing) == (31, False)
+
+
+def test_a_plan_that_does_not_fit_says_so_and_fewer_sequences_are_sampled(make, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_fast.trainers.trainer.device_bytes", lambda device: 1000)
+    made = make("grpo", use_peft=True, quiet=False, rollout_batch_size=100)
+    assert "it does not fit; try " in capsys.readouterr().out
+    assert made.rollout_batch_size == 8
+    monkeypatch.undo()
+    assert make("grpo", rollout_batch_size=100).rollout_batch_size is None, "no GPU, no plan"
+
+
+def test_a_model_without_a_plan_trains_as_the_config_says(make, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_fast.trainers.trainer.device_bytes", lambda device: 10**9)
+
+    def refuse(*_, **__):
+        raise UserError("config.json has no hidden_size")
+
+    monkeypatch.setattr("rlhf_fast.run.memory.Shape.of", refuse)
+    made = make("sft", quiet=False, gradient_checkpointing=None)
+    assert made.memory_plan is None
+    assert made.micro_batch_tokens is None
+    assert made.policy.model.is_gradient_checkpointing
+    assert "no memory plan: config.json has no hidden_size" in capsys.readouterr().out
+
+
+# ---- the rehearsal
+
+
+def everything(trainer):
+    """What a rehearsal must leave alone."""
+    weights = {n: p.detach().clone() for n, p in trainer.policy.named_parameters()}
+    gradients = {n: p.grad for n, p in trainer.policy.named_parameters()}
+    return copy.deepcopy(
+        (weights, gradients, trainer.metrics.state(), trainer.optimizer.state_dict(), rng_state(), float(trainer._loss))
+    )
+
+
+@pytest.mark.parametrize("budget", [None, 60])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo", "grpo"])
+def test_a_rehearsal_leaves_no_trace(method, lora, budget, make, run):
+    """The same run, bit for bit, with and without."""
+    runs = []
+    for check in (False, True):
+        made = make(method, use_peft=lora, memory_check=check, micro_batch_tokens=budget, max_steps=2)
+        runs.append(run(made))
+    assert runs[0].steps == runs[1].steps
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].weights.values(), runs[1].weights.values()))
+
+
+def test_a_rehearsal_restores_random_state_and_what_losses_note_down(make):
+    dropping = make("sft", use_peft=True, lora_dropout=0.5, memory_check=True)
+    dropping.policy.train()
+    before = torch.get_rng_state()
+    dropping._check_memory()
+    assert torch.equal(torch.get_rng_state(), before)
+    moving = make("ppo", memory_check=True)
+    moving._check_memory()
+    assert moving._moved == 0.0
+
+
+def forwards(trainer):
+    """Tokens of every forward pass of the policy from here on."""
+    seen = []
+    trainer.policy.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    return seen
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo", "grpo"])
+def test_a_rehearsal_runs_the_largest_micro_batch_that_can_come(method, make):
+    made = make(method, memory_check=True, micro_batch_tokens=60, max_steps=2, gradient_accumulation_steps=2)
+    seen = forwards(made)
+    made._check_memory()
+    rehearsed = max(seen)
+    sizes = made.sizes()
+    assert sizes["record_tokens"] <= rehearsed <= 60
+    seen.clear()
+    made.train()
+    assert max(seen) <= rehearsed
+
+
+class OutOfMemory:
+    """A device that holds passes of at most ``limit`` tokens."""
+
+    def __init__(self, trainer, limit):
+        trainer.policy.model.get_input_embeddings().register_forward_pre_hook(self)
+        self.limit = limit
+
+    def __call__(self, module, args):
+        if args[0].numel() > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_until_it_does(make, capsys, run):
+    made = make("sft", memory_check=True, micro_batch_tokens=64, quiet=False)
+    OutOfMemory(made, 20)
+    before = everything(made)
+    made._check_memory()
+    assert made.micro_batch_tokens <= 20
+    said = capsys.readouterr().out
+    assert "does not fit (in the forward pass); going on with micro_batch_tokens" in said
+    after = everything(made)
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), after[0].values()))
+    assert before[1:4] == after[1:4]
+    assert len(run(made).losses) == 2, "and training goes on within the limit"
+
+
+def test_a_record_that_does_not_fit_alone_says_what_takes_the_memory_and_what_to_change(make):
+    for more, remedy in (
+        ({"gradient_checkpointing": False}, "set gradient_checkpointing: true"),
+        ({"gradient_checkpointing": True}, "set offload_activations: true"),
+        ({"gradient_checkpointing": True, "offload_activations": True}, r"halve max_length \(now 1024\)"),
+    ):
+        made = make("sft", memory_check=True, micro_batch_tokens=64, **more)
+        OutOfMemory(made, 3)
+        with pytest.raises(UserError, match=rf"out of memory in the forward pass of the smallest .*GB\); {remedy}"):
+            made.train()
+        assert all(p.grad is None for p in made.policy.parameters())
+
+
+# ---- token budgets
+
+
+def test_a_budget_fills_micro_batches_longest_first(make):
+    made = make("sft", micro_batch_tokens=20, per_device_train_batch_size=5)
+    parts = made.micro_batches(list(made.train_records))
+    sizes = [made.tokens(part) for part in parts]
+    assert sorted(len(r[0]) for part in parts for r in part) == sorted(len(r[0]) for r in made.train_records)
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) <= 20
+    assert sum(sizes[:2]) > 20, "what fits together is together"
+
+
+def test_a_record_larger_than_the_budget_is_alone(make):
+    made = make("dpo", micro_batch_tokens=1)
+    assert [len(part) for part in made.micro_batches(list(made.train_records))] == [1] * 5
+
+
+def test_bundles_stay_together_and_are_cut_only_where_they_exceed_the_budget(make):
+    made = make("sft", micro_batch_tokens=30)
+    records = sorted(made.train_records, key=lambda r: len(r[0]))
+    made.bundles = lambda records: [[0, 4], [1, 2, 3]]
+    lengths = [len(r[0]) for r in records]
+    assert sum(lengths[1:4]) <= 30
+    assert sorted(made.split(records)) == [[0, 4], [1, 2, 3]]
+    made.micro_batch_tokens = lengths[1] + lengths[2]
+    parts = made.split(records)
+    assert [1, 2] in parts, "siblings as long as they fit"
+    assert sorted(i for part in parts for i in part) == [0, 1, 2, 3, 4]
+
+
+def test_evaluation_and_passes_without_gradients_keep_to_the_budget(make):
+    for method in ("dpo", "grpo", "ppo"):
+        made = make(method, micro_batch_tokens=40, max_steps=1)
+        seen = forwards(made)
+        made.train()
+        assert max(seen) <= max(40, made.sizes()["record_tokens"])
+    made = make("sft", micro_batch_tokens=20)
+    made.eval_records = made.train_records
+    one = make("sft", per_device_train_batch_size=8)
+    one.eval_records = one.train_records
+    seen = forwards(made)
+    assert made.evaluate()["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-6)
+    assert max(seen) <= 20
+
+
+def test_senseless_settings_are_refused(settings):
+    with pytest.raises(UserError, match="micro_batch_tokens is 0; it must be at least 1, or unset"):
+        SFTConfig(**settings(micro_batch_tokens=0))
+    with pytest.raises(UserError, match="offload_activations moves what gradient_checkpointing keeps"):
+        SFTConfig(**settings(offload_activations=True))
+
+
+def test_offloaded_activations_change_no_bit_of_a_run(make, run):
+    runs = []
+    for offload in (False, True):
+        made = make("grpo", use_peft=True, gradient_checkpointing=True, offload_activations=offload, max_steps=2)
+        runs.append(run(made))
+    assert made.policy.host_inputs.moved_bytes > 0
+    assert runs[0].steps == runs[1].steps
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].weights.values(), runs[1].weights.values()))
