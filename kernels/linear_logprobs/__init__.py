@@ -15,6 +15,10 @@ hidden and head, otherwise    nothing: the logits are made again                
 a summed cross entropy        the gradients themselves, as g is known beforehand       3
                               (in the call, what fits ``kept_bytes`` of the rows)
 ============================  =======================================================  =============
+
+A head with a low-rank adapter, W + B A, is never summed: its logits are a sum of two products, and x B^T costs r / D of
+a GEMM. Where B is trained and W is not, the gradient of B needs onehot - softmax once g is known, as that of a trained
+head does, but its product is r wide: one V-sized GEMM less than in the rows of the table that say "and head".
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ def linear_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -48,7 +53,7 @@ def linear_logprobs(
 
     Equals :func:`token_logprobs` of
 
-    .. math:: \text{logits} = (\text{hidden}\, W^T + \text{bias}) \cdot \text{logit\_scale}
+    .. math:: \text{logits} = (\text{hidden}\, W^T + x B^T + \text{bias}) \cdot \text{logit\_scale}
 
     with logits kept in float32 whatever the dtype of hidden and weight. Rows with ``ignore_index`` are dropped before
     the head on the CPU; on a GPU, where their number cannot be read without waiting, drop them beforehand.
@@ -58,27 +63,32 @@ def linear_logprobs(
         weight: (V, D), the same dtype. Needs no gradient when frozen, which saves a third of the work.
         labels: (...) integers in [0, V), or ``ignore_index``.
         bias: (V,).
+        low_rank: x (..., r) and B (V, r), an adapter on the head (Hu et al. 2021, arXiv:2106.09685): x is
+            scaling * hidden A^T, made by the caller, so that the gradients of A follow from x's. Both may be of a wider
+            dtype than the head's: they are multiplied in the head's, and their gradients come unrounded in their own.
         temperature, softcap, ignore_index, entropy: as in :func:`token_logprobs`; ``entropy="detached"`` keeps a
             frozen head at two GEMMs.
         logit_scale: factor of the logits, before the softcap (Cohere, Granite), > 0.
         chunk_size: rows whose logits exist at a time; None chooses by device and shape.
     Returns:
-        logprobs (...), or logprobs and entropy; float32 (float64 for float64), differentiable in hidden, weight, bias.
-        Inside ``torch.autocast`` hidden and weight are cast to its dtype, as a linear layer would; a bias never is.
+        logprobs (...), or logprobs and entropy; float32 (float64 for float64), differentiable in hidden, weight, bias,
+        x and B. Inside ``torch.autocast`` hidden and weight are cast to its dtype, as a linear layer would, and x and B are
+        multiplied in it; a bias never is.
     Raises:
         IndexError: on the CPU, or anywhere with RLHF_FAST_DEBUG=1, a label is out of range. Otherwise its row is NaN.
         ValueError: shapes or dtypes differ, or an option is out of range.
     """
     check_options(temperature, softcap, entropy, logit_scale)
-    hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)
+    inputs, matrices = _operands(hidden, weight, bias, low_rank, labels, chunk_size)
     flat, rows = _labelled(labels, len(weight), ignore_index)
-    x = _take(rows_of(hidden, labels.numel()), rows)
-    chunk_size = chunk_size or chunked.choose_chunk_size(x, weight, entropy is True)
+    inputs = [_take(rows_of(x, labels.numel()), rows) for x in inputs]
+    chunk_size = chunk_size or chunked.choose_chunk_size(inputs[0], matrices[0], entropy is True)
     options = (temperature, softcap, float(logit_scale), ignore_index, chunk_size)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        results = _LinearLogprobs.apply(x, weight, bias, _take(flat, rows), options, entropy is True)
+    if torch.is_grad_enabled() and _any_needs_gradient(*inputs, *matrices, bias):
+        results = _LinearLogprobs.apply(_take(flat, rows), bias, options, entropy is True, *inputs, *matrices)
     else:
-        results = chunked.forward(x, weight, _take(flat, rows), bias, *options, chunked.KEEP_NOTHING)[:2]
+        nothing = chunked.KEEP_NOTHING, [False] * len(inputs)
+        results = chunked.forward(_take(flat, rows), inputs, matrices, bias, *options, *nothing)[:2]
     logprobs, row_entropy = (_put_back(r, rows, labels) for r in results)
     return (logprobs, row_entropy) if entropy else logprobs
 
@@ -91,6 +101,7 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     reduction: str = "mean",
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -103,56 +114,60 @@ def linear_cross_entropy(
         weights: (...) float weight of each token's loss; None means 1. Never read at ignored labels.
         reduction: ``"mean"`` is sum(w * loss) / sum(w) over labelled tokens, 0 if there are none; ``"sum"``;
             ``"none"``: w * loss per token. For a window of micro-batches use "sum" and divide by the window's weight.
-        hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, chunk_size: as in
+        hidden, weight, labels, bias, low_rank, temperature, softcap, logit_scale, ignore_index, chunk_size: as in
             :func:`linear_logprobs`.
     Returns:
-        a float32 scalar, or (...) float32 for ``"none"``; differentiable in hidden, weight, bias and weights.
+        a float32 scalar, or (...) float32 for ``"none"``; differentiable in hidden, weight, bias, x, B and weights.
     Raises:
         IndexError, ValueError: as in :func:`linear_logprobs`; or the reduction is unknown.
     """
     check_options(temperature, softcap, False, logit_scale)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; known: mean, sum, none")
-    hidden, weight, bias = _operands(hidden, weight, bias, labels, chunk_size)
+    inputs, matrices = _operands(hidden, weight, bias, low_rank, labels, chunk_size)
     if weights is not None and weights.shape != labels.shape:
         raise ValueError(f"weights must have the labels' shape {tuple(labels.shape)}, got {tuple(weights.shape)}")
     check_devices(labels, weights=weights)
-    factor = _token_weights(weights, labels, ignore_index, promote(hidden).dtype)
+    factor = _token_weights(weights, labels, ignore_index, promote(inputs[0]).dtype)
     if reduction == "mean":
         total = factor.sum()
         factor = factor / torch.where(total == 0, 1.0, total)
-    options = {
-        "temperature": temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "ignore_index": ignore_index,
-    }
-    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if reduction == "none" or not (torch.is_grad_enabled() and trains_head) or factor.requires_grad:
-        logprobs = linear_logprobs(hidden, weight, labels, bias=bias, chunk_size=chunk_size, **options)
+    trains_head = torch.is_grad_enabled() and _any_needs_gradient(*matrices, bias)
+    if reduction == "none" or not trains_head or factor.requires_grad:
+        options = {
+            "temperature": temperature,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "ignore_index": ignore_index,
+            "chunk_size": chunk_size,
+        }
+        logprobs = linear_logprobs(hidden, weight, labels, bias=bias, low_rank=low_rank, **options)
         return -factor * logprobs if reduction == "none" else -(factor * logprobs).sum()
     flat, rows = _labelled(labels, len(weight), ignore_index)
-    x = _take(rows_of(hidden, labels.numel()), rows)
+    inputs = [_take(rows_of(x, labels.numel()), rows) for x in inputs]
     factor = _take(factor.reshape(-1), rows)
-    chunk_size = chunk_size or chunked.choose_chunk_size(x, weight)
+    chunk_size = chunk_size or chunked.choose_chunk_size(inputs[0], matrices[0])
     values = (temperature, softcap, float(logit_scale), ignore_index, chunk_size)
-    return _SummedCrossEntropy.apply(x, weight, bias, _take(flat, rows), factor, values)
+    return _SummedCrossEntropy.apply(_take(flat, rows), bias, factor, values, *inputs, *matrices)
 
 
 class _LinearLogprobs(torch.autograd.Function):
+    """``operands``: the inputs, then as many matrices, see :mod:`.chunked`."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, options, entropy):
-        needs = ctx.needs_input_grad[:3]
-        keep = _what_to_keep(hidden, weight, needs, entropy)
-        logprobs, row_entropy, lse, *kept = chunked.forward(hidden, weight, labels, bias, *options, keep)
+    def forward(ctx, labels, bias, options, entropy, *operands):
+        inputs, matrices = _halves(operands)
+        needs = _needs(ctx)
+        keep = _what_to_keep(inputs[0], matrices[0], needs, entropy)
+        results = chunked.forward(labels, inputs, matrices, bias, *options, keep, needs[0])
+        logprobs, row_entropy, lse, vectors, entropy_vectors, rows = results
         if keep in (chunked.KEEP_VECTOR, chunked.KEEP_VECTORS):
-            ctx.save_for_backward(labels, *kept[:2])
+            ctx.save_for_backward(labels, *vectors, *entropy_vectors)
         elif keep == chunked.KEEP_ROWS:
-            ctx.save_for_backward(labels, kept[2], hidden, weight)
+            ctx.save_for_backward(labels, rows, *operands)
         else:
-            ctx.save_for_backward(labels, hidden, weight, bias, lse, row_entropy)
+            ctx.save_for_backward(labels, bias, lse, row_entropy, *operands)
         ctx.keep, ctx.needs, ctx.options, ctx.entropy = keep, needs, options, entropy
-        ctx.hidden_dtype = hidden.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -163,49 +178,83 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         labels, *kept = ctx.saved_tensors
+        need_inputs, need_matrices, _ = ctx.needs
         # a compiled graph fills in zeros even for what was marked as not differentiable
         grad_entropy = grad_entropy if ctx.entropy else None
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * (4 + 2 * len(need_inputs))
         ignore_index = ctx.options[3]
         grad_logprobs, grad_entropy = (_masked(g, labels, ignore_index) for g in (grad_logprobs, grad_entropy))
         if ctx.keep in (chunked.KEEP_VECTOR, chunked.KEEP_VECTORS):
-            pairs = [(g[:, None], v) for g, v in zip((grad_logprobs, grad_entropy), kept) if g is not None]
-            if len(pairs) == 1:
-                # in float32, rounded as it is written: a float32 copy would be as large as two gradients
-                return torch.mul(*pairs[0], out=torch.empty_like(pairs[0][1])), *(None,) * 5
-            return sum(g * v for g, v in pairs).to(ctx.hidden_dtype), *(None,) * 5
+            # vectors of the inputs for the logprobs, then for the entropy if it has a gradient
+            kinds = zip((grad_logprobs, grad_entropy), (kept[: len(need_inputs)], kept[len(need_inputs) :]))
+            kinds = [(g, vectors) for g, vectors in kinds if g is not None]
+            d_inputs = [
+                _weighted([(g[:, None], vectors[i]) for g, vectors in kinds]) if need else None
+                for i, need in enumerate(need_inputs)
+            ]
+            return *(None,) * 4, *d_inputs, *(None for _ in need_matrices)
         if ctx.keep == chunked.KEEP_ROWS:
-            rows, hidden, weight = kept
-            grads = chunked.backward_from_rows(rows, hidden, weight, labels, grad_logprobs, ignore_index, *ctx.needs)
+            rows, *operands = kept
+            grads = chunked.backward_from_rows(
+                labels, *_halves(operands), rows, grad_logprobs, ignore_index, *ctx.needs
+            )
         else:
-            hidden, weight, bias, lse, row_entropy = kept
+            bias, lse, row_entropy, *operands = kept
             if grad_logprobs is None:
                 grad_logprobs = torch.zeros_like(grad_entropy)
-            saved = (hidden, weight, labels, bias, lse, row_entropy, grad_logprobs, grad_entropy)
+            saved = (labels, *_halves(operands), bias, lse, row_entropy, grad_logprobs, grad_entropy)
             grads = chunked.backward(*saved, *ctx.options, *ctx.needs)
-        d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, ctx.needs))
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(ctx.bias_dtype), None, None, None
+        return _wanted(grads, ctx.needs, ctx.bias_dtype)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """sum(factor * cross entropy): the factor is known, so the gradients are made while the logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, factor, options):
-        ctx.needs = ctx.needs_input_grad[:3]
+    def forward(ctx, labels, bias, factor, options, *operands):
+        ctx.needs = _needs(ctx)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        loss, *grads = chunked.summed_cross_entropy(hidden, weight, labels, bias, factor, *options, *ctx.needs)
-        ctx.save_for_backward(*grads)
+        loss, d_inputs, d_matrices, d_bias = chunked.summed_cross_entropy(
+            labels, *_halves(operands), bias, factor, *options, *ctx.needs
+        )
+        ctx.save_for_backward(*d_inputs, *d_matrices, d_bias)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        d_hidden, d_weight, d_bias = (
-            _times(grad, g) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)
-        )
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(ctx.bias_dtype), None, None, None
+        *kept, d_bias = ctx.saved_tensors
+        grads = [_times(grad, g) if len(g) else g for g in (*kept, d_bias)]
+        return _wanted((*_halves(grads[:-1]), grads[-1]), ctx.needs, ctx.bias_dtype)
+
+
+def _halves(operands) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and matrices."""
+    half = len(operands) // 2
+    return list(operands[:half]), list(operands[half:])
+
+
+def _needs(ctx) -> tuple[list[bool], list[bool], bool]:
+    """Which of inputs, matrices and bias need a gradient."""
+    _, bias, _, _, *operands = ctx.needs_input_grad
+    return *_halves(operands), bias
+
+
+def _wanted(grads, needs, bias_dtype) -> tuple[Tensor | None, ...]:
+    """The gradients of a Function's arguments, None where nobody asked."""
+    *of_operands, d_bias = grads
+    need_bias = needs[2]
+    flat = (g if need else None for some, which in zip(of_operands, needs) for g, need in zip(some, which))
+    return None, d_bias.to(bias_dtype) if need_bias else None, None, None, *flat
+
+
+def _weighted(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of g * v in v's dtype."""
+    if len(pairs) == 1:
+        # in float32, rounded as it is written: a float32 copy would be as large as two gradients
+        return torch.mul(*pairs[0], out=torch.empty_like(pairs[0][1]))
+    return sum(g * v for g, v in pairs).to(pairs[0][1].dtype)
 
 
 def _times(grad: Tensor, x: Tensor) -> Tensor:
@@ -220,8 +269,8 @@ def _times(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def _operands(hidden, weight, bias, labels, chunk_size):
-    """Check shapes and dtypes; follow autocast."""
+def _operands(hidden, weight, bias, low_rank, labels, chunk_size) -> tuple[list[Tensor], list[Tensor]]:
+    """Check shapes and dtypes, follow autocast; return the inputs and the matrices that they are multiplied by."""
     vocab_size, width = weight.shape if weight.dim() == 2 else (0, -1)
     if hidden.dim() < 1 or hidden.shape != (*labels.shape, width) or vocab_size < 1:
         raise ValueError(
@@ -240,7 +289,21 @@ def _operands(hidden, weight, bias, labels, chunk_size):
         raise ValueError(
             f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or use torch.autocast as for a linear layer"
         )
-    return hidden, weight, bias
+    if low_rank is None:
+        return [hidden], [weight]
+    x, b = low_rank
+    check_devices(hidden, x=x, B=b)
+    rank = b.shape[-1] if b.dim() == 2 else -1
+    if x.shape != (*labels.shape, rank) or b.shape != (vocab_size, rank):
+        raise ValueError(
+            f"low_rank must be x (*labels.shape, r) and B ({vocab_size}, r): got x {tuple(x.shape)}, labels "
+            f"{tuple(labels.shape)}, B {tuple(b.shape)}"
+        )
+    return [hidden, x], [weight, b]
+
+
+def _any_needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _labelled(labels: Tensor, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
@@ -269,8 +332,8 @@ def _token_weights(weights: Tensor | None, labels: Tensor, ignore_index: int, dt
     return keep.to(dtype) if weights is None else torch.where(keep, weights.to(dtype), 0.0)
 
 
-def _what_to_keep(hidden: Tensor, weight: Tensor, needs: tuple[bool, ...], entropy: bool) -> int:
-    if not (needs[1] or needs[2]):
+def _what_to_keep(hidden: Tensor, weight: Tensor, needs: tuple[list[bool], list[bool], bool], entropy: bool) -> int:
+    if not (any(needs[1]) or needs[2]):
         return chunked.KEEP_VECTORS if entropy else chunked.KEEP_VECTOR
     size = len(hidden) * len(weight) * hidden.element_size()
     if not entropy and size <= chunked.kept_bytes(hidden.device):

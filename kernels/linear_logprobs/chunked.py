@@ -84,34 +84,53 @@ def empty_rows(count: int, vocab_size: int, dtype: torch.dtype, device: torch.de
     return torch.empty((count, stride), dtype=dtype, device=device)[:, :vocab_size]
 
 
-def _outputs(hidden, weight, labels, keep) -> tuple[Tensor, ...]:
-    work = promote(hidden[:0]).dtype
-    n, width = hidden.shape
-    counts = n if keep in (KEEP_VECTOR, KEEP_VECTORS) else 0, n if keep == KEEP_VECTORS else 0
+# A head is a sum of products, logits = sum of input @ matrix^T: hidden states (N, D) by the weight (V, D), which comes
+# first, and the low-rank inputs (N, r) by B (V, r). ``inputs`` and ``matrices`` are lists of one or two; all are multiplied
+# in the dtype of the hidden states, and the gradients of each come in its own.
+
+_HEAD = "Tensor labels, Tensor[] inputs, Tensor[] matrices, Tensor? bias"
+_OPTIONS = "float temperature, float? softcap, float logit_scale, int ignore_index, int chunk_size"
+_NEEDS = "bool[] need_inputs, bool[] need_matrices, bool need_bias"
+
+
+def _outputs(labels, inputs, matrices, keep, need_inputs) -> tuple:
+    hidden, work = inputs[0], promote(inputs[0][:0]).dtype
+    n = len(hidden)
     per_row = (torch.empty(n, dtype=dtype, device=hidden.device) for dtype in (work, work, torch.float64))
-    vectors = (torch.empty((count, width), dtype=hidden.dtype, device=hidden.device) for count in counts)
-    rows = empty_rows(n if keep == KEEP_ROWS else 0, len(weight), hidden.dtype, hidden.device)
+    counts = n if keep in (KEEP_VECTOR, KEEP_VECTORS) else 0, n if keep == KEEP_VECTORS else 0
+    vectors = (
+        [x.new_empty((count if need else 0, x.shape[1])) for x, need in zip(inputs, need_inputs)] for count in counts
+    )
+    rows = empty_rows(n if keep == KEEP_ROWS else 0, len(matrices[0]), hidden.dtype, hidden.device)
     return *per_row, *vectors, rows
 
 
-_OPTIONS = "float temperature, float? softcap, float logit_scale, int ignore_index, int chunk_size"
-_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
-
-
 @register(
-    f"linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, int keep) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda hidden, weight, labels, *rest: _outputs(hidden, weight, labels, rest[-1]),
+    f"linear_logprobs_forward({_HEAD}, {_OPTIONS}, int keep, bool[] need_inputs) -> "
+    "(Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor)",
+    lambda labels, inputs, matrices, *rest: _outputs(labels, inputs, matrices, *rest[-2:]),
 )
-def forward(hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, chunk_size, keep):
-    """Return logprobs, entropy, lse (N,), d logprob / d hidden, d entropy / d hidden (N, D), onehot - p (N, V).
+def forward(
+    labels,
+    inputs,
+    matrices,
+    bias,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    chunk_size,
+    keep,
+    need_inputs,
+):
+    """Return logprobs, entropy, lse (N,), d logprob / d inputs, d entropy / d inputs, onehot - p (N, V).
 
-    The lse is float64. What ``keep`` does not ask for has no rows.
+    The lse is float64. What ``keep`` and ``need_inputs`` do not ask for has no rows.
     """
-    check_labels(labels, len(weight), ignore_index)
-    outputs = _outputs(hidden, weight, labels, keep)
-    *per_row, vector, entropy_vector, kept_rows = outputs
-    gemm = _Gemm(hidden, weight, bias, chunk_size)
+    check_labels(labels, len(matrices[0]), ignore_index)
+    outputs = _outputs(labels, inputs, matrices, keep, need_inputs)
+    *per_row, vectors, entropy_vectors, kept_rows = outputs
+    gemm = _Gemm(inputs, matrices, bias, chunk_size)
     options = (temperature, softcap, ignore_index, logit_scale)
     for chunk in gemm.chunks():
         logits, rows = gemm.logits(chunk), None
@@ -124,34 +143,33 @@ def forward(hidden, weight, labels, bias, temperature, softcap, logit_scale, ign
         for out, result in zip(per_row, results):
             out[chunk] = result
         if keep in (KEEP_VECTOR, KEEP_VECTORS):
-            vector[chunk] = gemm.times_weight(rows)
+            gemm.write_vectors(vectors, chunk, rows, need_inputs)
         if keep == KEEP_VECTORS:
             _, entropy, lse = results
             zeros, ones = torch.zeros_like(entropy), torch.ones_like(entropy)
             _gradient_rows(logits, labels[chunk], lse, entropy, zeros, ones, *options, rows)
-            entropy_vector[chunk] = gemm.times_weight(rows)
+            gemm.write_vectors(entropy_vectors, chunk, rows, need_inputs)
     return outputs
 
 
-def _fake_gradients(hidden, weight, needs) -> tuple[Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = needs
-    work = promote(hidden[:0]).dtype
-    return (
-        torch.empty((len(hidden) if need_hidden else 0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device),
-        torch.empty((len(weight) if need_weight else 0, hidden.shape[1]), dtype=weight.dtype, device=hidden.device),
-        torch.empty(len(weight) if need_bias else 0, dtype=work, device=hidden.device),
+def _fake_gradients(inputs, matrices, need_inputs, need_matrices, need_bias) -> tuple:
+    work = promote(inputs[0][:0]).dtype
+    d_inputs, d_matrices = (
+        [x.new_empty((len(x) if need else 0, x.shape[1])) for x, need in zip(tensors, needs)]
+        for tensors, needs in ((inputs, need_inputs), (matrices, need_matrices))
     )
+    return d_inputs, d_matrices, inputs[0].new_empty(len(matrices[0]) if need_bias else 0, dtype=work)
 
 
 @register(
-    "linear_logprobs_backward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, Tensor entropy, "
-    f"Tensor grad_logprobs, Tensor? grad_entropy, {_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, weight, *rest: _fake_gradients(hidden, weight, rest[-3:]),
+    f"linear_logprobs_backward({_HEAD}, Tensor lse, Tensor entropy, Tensor grad_logprobs, Tensor? grad_entropy, "
+    f"{_OPTIONS}, {_NEEDS}) -> (Tensor[], Tensor[], Tensor)",
+    lambda labels, inputs, matrices, *rest: _fake_gradients(inputs, matrices, *rest[-3:]),
 )
 def backward(
-    hidden,
-    weight,
     labels,
+    inputs,
+    matrices,
     bias,
     lse,
     entropy,
@@ -162,14 +180,12 @@ def backward(
     logit_scale,
     ignore_index,
     chunk_size,
-    need_hidden,
-    need_weight,
-    need_bias,
+    *needs,
 ):
-    """Make the logits again and return the gradients of hidden, weight and bias; empty where not needed."""
-    gemm = _Gemm(hidden, weight, bias, chunk_size, need_weight)
-    gradients = _Gradients(gemm, need_hidden, need_weight, need_bias)
-    scale = _fp16_scale(hidden, grad_logprobs, grad_entropy)
+    """Make the logits again and return the gradients of inputs, matrices and bias; empty where not needed."""
+    gemm = _Gemm(inputs, matrices, bias, chunk_size, trains_weight=needs[1][0])
+    gradients = _Gradients(gemm, inputs, matrices, labels != ignore_index, *needs)
+    scale = _fp16_scale(inputs[0], grad_logprobs, grad_entropy)
     options = (temperature, softcap, ignore_index, logit_scale)
     for group in gemm.groups():
         for chunk in gemm.chunks(group):
@@ -178,41 +194,39 @@ def backward(
             grad = grad_logprobs[chunk] / scale
             _gradient_rows(logits, labels[chunk], lse[chunk], entropy[chunk], grad, grad_e, *options, rows)
             gradients.add(chunk, rows)
-        keep = (labels[group] != ignore_index)[:, None]
-        # an ignored row of hidden may be NaN, which its zero gradient row would not cancel
-        gradients.add_to_head(group, gemm.rows(group), torch.where(keep, hidden[group], 0.0))
+        gradients.add_to_head(group, gemm.rows(group))
     return gradients.finish(scale)
 
 
 @register(
-    "linear_logprobs_backward_from_rows(Tensor rows, Tensor hidden, Tensor weight, Tensor labels, Tensor "
-    f"grad_logprobs, int ignore_index, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
-    lambda rows, hidden, weight, *rest: _fake_gradients(hidden, weight, rest[-3:]),
+    "linear_logprobs_backward_from_rows(Tensor labels, Tensor[] inputs, Tensor[] matrices, Tensor rows, Tensor "
+    f"grad_logprobs, int ignore_index, {_NEEDS}) -> (Tensor[], Tensor[], Tensor)",
+    lambda labels, inputs, matrices, *rest: _fake_gradients(inputs, matrices, *rest[-3:]),
 )
-def backward_from_rows(rows, hidden, weight, labels, grad_logprobs, ignore_index, need_hidden, need_weight, need_bias):
-    """The same from onehot - p (N, V), kept in the forward pass: two GEMMs instead of three."""
-    gemm = _Gemm(hidden, weight, None, max(1, len(hidden)))
-    gradients = _Gradients(gemm, need_hidden, need_weight, need_bias)
-    scale = _fp16_scale(hidden, grad_logprobs, None)
+def backward_from_rows(labels, inputs, matrices, rows, grad_logprobs, ignore_index, *needs):
+    """The same from onehot - p (N, V), kept in the forward pass: one GEMM less."""
+    gemm = _Gemm(inputs, matrices, None, max(1, len(rows)))
+    gradients = _Gradients(gemm, inputs, matrices, labels != ignore_index, *needs)
+    scale = _fp16_scale(inputs[0], grad_logprobs, None)
     grad = (grad_logprobs / scale)[:, None]
     for chunk in gemm.chunks():
         gradients.add(chunk, rows, grad)
-        gradients.add_to_head(chunk, rows, _scaled(hidden, grad, labels, ignore_index))
+        gradients.add_to_head(chunk, rows, grad)
     return gradients.finish(scale)
 
 
 @register(
-    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor factor, "
-    f"{_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda hidden, weight, labels, bias, factor, *rest: (
-        torch.empty((), dtype=promote(hidden[:0]).dtype, device=hidden.device),
-        *_fake_gradients(hidden, weight, rest[-3:]),
+    f"linear_cross_entropy_forward({_HEAD}, Tensor factor, {_OPTIONS}, {_NEEDS}) -> "
+    "(Tensor, Tensor[], Tensor[], Tensor)",
+    lambda labels, inputs, matrices, bias, factor, *rest: (
+        inputs[0].new_empty((), dtype=promote(inputs[0][:0]).dtype),
+        *_fake_gradients(inputs, matrices, *rest[-3:]),
     ),
 )
 def summed_cross_entropy(
-    hidden,
-    weight,
     labels,
+    inputs,
+    matrices,
     bias,
     factor,
     temperature,
@@ -220,16 +234,14 @@ def summed_cross_entropy(
     logit_scale,
     ignore_index,
     chunk_size,
-    need_hidden,
-    need_weight,
-    need_bias,
+    *needs,
 ):
     """Return sum(factor * cross entropy) and its gradients; nothing else outlives the call."""
-    check_labels(labels, len(weight), ignore_index)
-    gemm = _Gemm(hidden, weight, bias, chunk_size, need_weight)
-    gradients = _Gradients(gemm, need_hidden, need_weight, need_bias)
-    loss = torch.zeros((), dtype=promote(hidden[:0]).dtype, device=hidden.device)
-    scale = _fp16_scale(hidden, factor, None)
+    check_labels(labels, len(matrices[0]), ignore_index)
+    gemm = _Gemm(inputs, matrices, bias, chunk_size, trains_weight=needs[1][0])
+    gradients = _Gradients(gemm, inputs, matrices, labels != ignore_index, *needs)
+    loss = torch.zeros((), dtype=gemm.work, device=labels.device)
+    scale = _fp16_scale(inputs[0], factor, None)
     grad = (-factor / scale)[:, None]
     for group in gemm.groups():
         for chunk in gemm.chunks(group):
@@ -237,8 +249,7 @@ def summed_cross_entropy(
             results = _head_rows(logits, labels[chunk], temperature, softcap, ignore_index, logit_scale, rows)
             loss -= (factor[chunk] * results[0]).sum()
             gradients.add(chunk, rows, grad[chunk])
-        scaled = _scaled(hidden[group], grad[group], labels[group], ignore_index) if need_weight else None
-        gradients.add_to_head(group, gemm.rows(group), scaled)
+        gradients.add_to_head(group, gemm.rows(group), grad[group])
     return loss, *gradients.finish(scale)
 
 
@@ -248,81 +259,98 @@ class _Gemm:
     All in forms that autocast leaves alone (out=, in place, out_dtype=, equal dtypes): it would round the logits.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int, trains_head: bool = False):
-        self.hidden, self.weight, self.chunk_size = hidden, weight, chunk_size
-        per_outer = chunks_per_outer(hidden, weight, chunk_size) if trains_head else 1
-        self.group_size = min(per_outer * chunk_size, max(1, len(hidden)))
+    def __init__(
+        self,
+        inputs: list[Tensor],
+        matrices: list[Tensor],
+        bias: Tensor | None,
+        chunk_size: int,
+        trains_weight: bool = False,
+    ):
+        hidden, weight = inputs[0], matrices[0]
+        self.dtype, self.device, self.chunk_size = hidden.dtype, hidden.device, chunk_size
+        self.inputs, self.matrices = ([x.to(self.dtype) for x in tensors] for tensors in (inputs, matrices))
+        self.num_rows, self.vocab_size = len(hidden), len(weight)
+        # only the sum of the (V, D) gradient is long to read: one of rank r takes each chunk by itself
+        per_outer = chunks_per_outer(hidden, weight, chunk_size) if trains_weight else 1
+        self.group_size = min(per_outer * chunk_size, max(1, self.num_rows))
         self.work = promote(hidden[:0]).dtype
         self.bias = None if bias is None else bias.to(self.work)
-        self.narrow = hidden.dtype != self.work
+        narrow = self.dtype != self.work
+        # a CPU has no GEMM of 16-bit matrices into float32, and multiplies float32 copies of slabs of the vocabulary
+        self.mixed, self.widened = narrow and hidden.is_cuda, narrow and not hidden.is_cuda
+        size = max(1, _CPU_SLAB_BYTES // (4 * weight.shape[1])) if self.widened else self.vocab_size
+        self.slabs = _cut(slice(0, self.vocab_size), size)
         # 16-bit gradient rows where the GEMM takes them, working precision otherwise
-        self.rows_dtype = hidden.dtype if self.narrow and hidden.is_cuda else self.work
+        self.rows_dtype = self.dtype if self.mixed else self.work
         self._buffers: dict[str, Tensor] = {}
 
     def groups(self) -> list[slice]:
-        """Chunks whose gradient rows exist together: one if ``trains_head`` is off."""
-        return _cut(slice(0, len(self.hidden)), self.group_size)
+        """Chunks whose gradient rows exist together: one if ``trains_weight`` is off."""
+        return _cut(slice(0, self.num_rows), self.group_size)
 
     def chunks(self, group: slice | None = None) -> list[slice]:
-        return _cut(group or slice(0, len(self.hidden)), self.chunk_size)
+        return _cut(group or slice(0, self.num_rows), self.chunk_size)
 
     def logits(self, chunk: slice) -> Tensor:
-        """hidden @ weight^T + bias in working precision, (n, V)."""
-        hidden = self.hidden[chunk]
-        out = self._buffer("logits", len(hidden), self.work)
-        if not self.narrow:
-            torch.mm(hidden, self.weight.t(), out=out)
-        elif hidden.is_cuda:
-            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
-        else:
-            hidden = hidden.float()
-            for slab in self._slabs():
-                torch.mm(hidden, self.weight[slab].float().t(), out=out[:, slab])
+        """The sum of input @ matrix^T, + bias, in working precision, (n, V)."""
+        out = self._buffer("logits", chunk.stop - chunk.start, self.work)
+        inputs = [self._wide(x[chunk]) for x in self.inputs]
+        for slab in self.slabs:
+            for i, (x, matrix) in enumerate(zip(inputs, self.matrices)):
+                self._multiply(out[:, slab], x, self._wide(matrix[slab]).t(), first=i == 0)
         return out if self.bias is None else out.add_(self.bias)
 
     def rows(self, chunk: slice, spare_logits: bool = False) -> Tensor:
         """Where the gradient rows of a chunk (or a whole group) go: over its logits where dtype and group allow."""
+        count = chunk.stop - chunk.start
         if self.rows_dtype == self.work and not spare_logits and self.group_size <= self.chunk_size:
-            return self._buffer("logits", len(self.hidden[chunk]), self.rows_dtype)
+            return self._buffer("logits", count, self.rows_dtype)
         first = chunk.start % self.group_size
-        return self._buffer("rows", first + len(self.hidden[chunk]), self.rows_dtype)[first:]
+        return self._buffer("rows", first + count, self.rows_dtype)[first:]
 
-    def times_weight(self, rows: Tensor) -> Tensor:
-        """rows @ weight in working precision, (n, D)."""
-        if not self.narrow:
-            return torch.mm(rows, self.weight)
-        if rows.is_cuda:
-            return torch.mm(rows, self.weight, out_dtype=torch.float32)
-        total = rows.new_zeros((len(rows), self.weight.shape[1]), dtype=torch.float32)
-        for slab in self._slabs():
-            total.addmm_(rows[:, slab].float(), self.weight[slab].float())
-        return total
+    def times_matrix(self, rows: Tensor, which: int) -> Tensor:
+        """rows @ matrix in working precision, (n, D) or (n, r)."""
+        matrix = self.matrices[which]
+        out = torch.empty((len(rows), matrix.shape[1]), dtype=self.work, device=self.device)
+        for slab in self.slabs:
+            self._multiply(out, self._wide(rows[:, slab]), self._wide(matrix[slab]), first=slab.start == 0)
+        return out
 
-    def add_outer(self, total: Tensor, rows: Tensor, hidden: Tensor, first: bool) -> None:
-        """total (V, D) += rows^T @ hidden, or = if it is the first; summed in working precision, rounded to total's."""
-        if not self.narrow:
-            torch.mm(rows.t(), hidden, out=total) if first else total.addmm_(rows.t(), hidden)
-        elif rows.is_cuda and total.dtype == rows.dtype:
-            torch.mm(rows.t(), hidden, out=total)
-        elif rows.is_cuda and first:
-            torch.mm(rows.t(), hidden, out_dtype=torch.float32, out=total)
-        elif rows.is_cuda:
-            torch.addmm(total, rows.t(), hidden, out_dtype=torch.float32, out=total)
+    def write_vectors(self, vectors: list[Tensor], chunk: slice, rows: Tensor, needs: list[bool]) -> None:
+        """Write rows @ matrix of a chunk into the vectors of the inputs that need them."""
+        for i, (vector, need) in enumerate(zip(vectors, needs)):
+            if need:
+                vector[chunk] = self.times_matrix(rows, i)
+
+    def add_outer(self, total: Tensor, rows: Tensor, x: Tensor, first: bool) -> None:
+        """total (V, K) += rows^T @ x, or = if it is the first; in total's dtype, which is 16-bit only for a lone one."""
+        x = self._wide(x)
+        for slab in self.slabs:
+            left = self._wide(rows[:, slab]).t()
+            if total.dtype == self.work:
+                self._multiply(total[slab], left, x, first)
+            elif self.mixed:
+                torch.mm(left, x, out=total[slab])
+            else:
+                total[slab].copy_(torch.mm(left, x))
+
+    def _multiply(self, out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        """out = left @ right, or += unless it is the ``first``; everything is summed in out's working precision."""
+        if not self.mixed:
+            torch.mm(left, right, out=out) if first else out.addmm_(left, right)
+        elif first:
+            torch.mm(left, right, out_dtype=self.work, out=out)
         else:
-            hidden = hidden.float()
-            for slab in self._slabs():
-                part = torch.mm(rows[:, slab].float().t(), hidden)
-                total[slab].copy_(part) if first else total[slab].add_(part)
+            torch.addmm(out, left, right, out_dtype=self.work, out=out)
 
-    def _slabs(self) -> list[slice]:
-        vocab_size, width = self.weight.shape
-        size = max(1, _CPU_SLAB_BYTES // (4 * width))
-        return [slice(start, start + size) for start in range(0, vocab_size, size)]
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(self.work) if self.widened else x
 
     def _buffer(self, name: str, n: int, dtype: torch.dtype) -> Tensor:
         if name not in self._buffers:
-            count = min(self.chunk_size if name == "logits" else self.group_size, len(self.hidden))
-            self._buffers[name] = empty_rows(count, len(self.weight), dtype, self.hidden.device)
+            count = min(self.chunk_size if name == "logits" else self.group_size, self.num_rows)
+            self._buffers[name] = empty_rows(count, self.vocab_size, dtype, self.device)
         return self._buffers[name][:n]
 
 
@@ -331,41 +359,60 @@ def _cut(whole: slice, size: int) -> list[slice]:
 
 
 class _Gradients:
-    """Gradients of hidden, weight and bias, summed over chunks; empty where not needed."""
+    """Gradients of inputs, matrices and bias, summed over chunks; empty where not needed.
 
-    def __init__(self, gemm: _Gemm, need_hidden: bool, need_weight: bool, need_bias: bool):
-        hidden, weight = gemm.hidden, gemm.weight
-        self.gemm, self.need_hidden, self.need_weight, self.need_bias = gemm, need_hidden, need_weight, need_bias
-        self.hidden = hidden.new_empty((len(hidden) if need_hidden else 0, hidden.shape[1]), dtype=gemm.work)
+    ``labelled`` (N,) are the rows that are not ignored: an input of another may be NaN, which its zero gradient row would
+    not cancel.
+    """
+
+    def __init__(self, gemm: _Gemm, inputs, matrices, labelled: Tensor, need_inputs, need_matrices, need_bias: bool):
+        self.gemm, self.labelled = gemm, labelled[:, None]
+        self.needs = need_inputs, need_matrices, need_bias
+        self.dtypes = [x.dtype for x in inputs], [x.dtype for x in matrices]
+        self.inputs = [
+            x.new_empty((len(x) if need else 0, x.shape[1]), dtype=gemm.work) for x, need in zip(inputs, need_inputs)
+        ]
         # a lone GEMM rounds its own sums; only float16 is scaled afterwards, and must not overflow before
-        alone = len(gemm.groups()) == 1 and hidden.dtype != torch.float16
-        size = (len(weight) if need_weight else 0, hidden.shape[1])
-        self.weight = hidden.new_empty(size, dtype=weight.dtype if alone else gemm.work)
-        self.bias = hidden.new_zeros(len(weight) if need_bias else 0, dtype=gemm.work)
-        if not len(hidden):
-            self.weight.zero_()
+        alone = len(gemm.groups()) == 1 and gemm.dtype != torch.float16
+        self.matrices = [
+            x.new_empty(
+                (len(x) if need else 0, x.shape[1]), dtype=gemm.dtype if alone and x.dtype == gemm.dtype else gemm.work
+            )
+            for x, need in zip(matrices, need_matrices)
+        ]
+        self.bias = inputs[0].new_zeros(gemm.vocab_size if need_bias else 0, dtype=gemm.work)
+        if not gemm.num_rows:
+            for total in self.matrices:
+                total.zero_()
 
     def add(self, chunk: slice, rows: Tensor, grad: Tensor | None = None) -> None:
-        """Add a chunk's gradients through ``rows``, of hidden and bias. ``grad`` (n, 1): factors of the tokens."""
-        if self.need_hidden:
-            d_hidden = self.gemm.times_weight(rows)
-            self.hidden[chunk] = d_hidden if grad is None else grad * d_hidden
-        if self.need_bias:
+        """Add a chunk's gradients through ``rows``, of inputs and bias. ``grad`` (n, 1): factors of the tokens."""
+        need_inputs, _, need_bias = self.needs
+        for i, (total, need) in enumerate(zip(self.inputs, need_inputs)):
+            if need:
+                d_x = self.gemm.times_matrix(rows, i)
+                total[chunk] = d_x if grad is None else grad * d_x
+        if need_bias:
             # by slabs: a float32 product of kept rows would be as large as the logits that were never held
             for start in range(0, len(rows), _CPU_MIN_ROWS):
                 slab = slice(start, start + _CPU_MIN_ROWS)
                 part = rows[slab] if grad is None else grad[slab] * rows[slab]
                 self.bias += part.sum(0, dtype=self.gemm.work)
 
-    def add_to_head(self, group: slice, rows: Tensor, hidden: Tensor) -> None:
-        """Add a group's gradient of the head; the factors of the tokens are in ``hidden``."""
-        if self.need_weight:
-            self.gemm.add_outer(self.weight, rows, hidden, first=group.start == 0)
+    def add_to_head(self, group: slice, rows: Tensor, grad: Tensor | None = None) -> None:
+        """Add a group's gradients of the matrices; factors of the tokens that are not in ``rows`` go into the inputs."""
+        for total, x, need in zip(self.matrices, self.gemm.inputs, self.needs[1]):
+            if need:
+                x = x[group] if grad is None else grad * x[group]
+                x = torch.where(self.labelled[group], x, 0.0).to(self.gemm.dtype)
+                self.gemm.add_outer(total, rows, x, first=group.start == 0)
 
-    def finish(self, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(scale, Tensor):
-            self.hidden, self.weight, self.bias = self.hidden * scale, self.weight * scale, self.bias * scale
-        return self.hidden.to(self.gemm.hidden.dtype), self.weight.to(self.gemm.weight.dtype), self.bias
+    def finish(self, scale: Tensor | float) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        d_inputs, d_matrices = (
+            [(x * scale if isinstance(scale, Tensor) else x).to(dtype) for x, dtype in zip(tensors, dtypes)]
+            for tensors, dtypes in zip((self.inputs, self.matrices), self.dtypes)
+        )
+        return d_inputs, d_matrices, self.bias * scale
 
 
 def _head_rows(logits, labels, temperature, softcap, ignore_index, logit_scale, out):
@@ -381,11 +428,6 @@ def _gradient_rows(
     options = (temperature, softcap, ignore_index, out, logit_scale)
     chosen = implementation("logprobs", "token_logprobs_backward", logits, labels, out)
     chosen.token_logprobs_backward(logits, labels, lse, entropy, grad_logprobs, grad_entropy, *options)
-
-
-def _scaled(hidden: Tensor, grad: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """grad * hidden in hidden's dtype; 0 in ignored rows, whose hidden state may be NaN."""
-    return torch.where((labels == ignore_index)[:, None], 0.0, grad * hidden).to(hidden.dtype)
 
 
 def _fp16_scale(hidden: Tensor, grad: Tensor, grad_entropy: Tensor | None) -> Tensor | float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 import warnings
 import weakref
@@ -32,14 +33,20 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: Any = "all-linear") -> LoraConfig:
-    """A causal LM's LoRA configuration (Hu et al. 2021, arXiv:2106.09685), all linear layers but the head."""
+    """A causal LM's LoRA configuration (Hu et al. 2021, arXiv:2106.09685).
+
+    "all-linear" is all linear layers but the head; a list may name the head too: ["q_proj", "v_proj", "lm_head"].
+    """
     return LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none", task_type="CAUSAL_LM"
     )
@@ -124,6 +131,11 @@ def _keep_layout(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def plain_layer(module: nn.Module) -> nn.Module:
+    """``module`` without the LoRA layer around it, if there is one."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
 def is_lora(module: nn.Module) -> bool:
     """Whether ``module`` is one of PEFT's LoRA layers."""
     return isinstance(module, LoraLayer)
@@ -172,7 +184,7 @@ class Adapters:
         """A new adapter, fresh (it changes nothing until trained) or with the weights of ``copy_of``.
 
         Raises:
-            UserError: it would train more than linear layers of the body, see :meth:`_check`.
+            UserError: it would train more than linear layers, see :meth:`_check` and :meth:`_check_head`.
         """
         self._check(config)
         with _quiet():
@@ -191,7 +203,7 @@ class Adapters:
         """The adapter saved in ``folder`` (PEFT's format), under ``name``; in fp32.
 
         Raises:
-            UserError: it holds more than LoRA on linear layers of the body, see :meth:`_check`.
+            UserError: it holds more than LoRA on linear layers, see :meth:`_check` and :meth:`_check_head`.
         """
         self._check(PeftConfig.from_pretrained(str(folder)))
         with _quiet():
@@ -219,19 +231,34 @@ class Adapters:
                 f"the LoRA configuration sets bias={config.bias!r}, which changes the base under every other adapter and "
                 "the reference; set bias='none'"
             )
-        shared = {
-            id(self.model.get_output_embeddings()): "the head",
-            id(self.model.get_input_embeddings()): "embeddings",
-        }
+        if getattr(config, "ensure_weight_tying", False):
+            raise UserError(
+                "the LoRA configuration sets ensure_weight_tying, which puts LoRA on the embeddings along with the head; "
+                "leave it out: LoRA on lm_head changes the head alone"
+            )
+        embeddings = self.model.get_input_embeddings()
         for name, module in self.model.named_modules():
-            name = name.removesuffix(".base_layer")
-            if id(module) in shared and check_target_module_exists(config, name):
+            if module is embeddings and check_target_module_exists(config, name):
                 raise UserError(
-                    f"LoRA on {name} ({shared[id(module)]}) is not supported: log-probabilities are computed from the plain "
-                    "weight and would ignore it; take it out of lora_target_modules (all-linear leaves it out)"
+                    f"LoRA on {name} (embeddings) is not supported; take it out of lora_target_modules (all-linear leaves "
+                    "it out)"
                 )
 
+    def _check_head(self, name: str) -> None:
+        """Refuse on the head what is no product of two matrices, and own up to what LoRA does to a tied one."""
+        head = self.model.get_output_embeddings()
+        if not is_lora(head) or name not in head.lora_A:
+            return
+        if name in head.lora_variant or head.lora_A[name].bias is not None or head.lora_B[name].bias is not None:
+            raise UserError(
+                "the LoRA configuration puts a variant of LoRA (DoRA, lora_bias and such) on the head, whose "
+                "log-probabilities are computed with plain LoRA; use plain LoRA or take lm_head out of lora_target_modules"
+            )
+        if _is_tied(self.model):
+            logger.info("LoRA on the head changes the head alone; the embeddings that it shares its weight with stay")
+
     def _added(self, name: str, trainable: bool) -> None:
+        self._check_head(name)
         self._trainable[name] = trainable
         self._restore(name)
 
@@ -299,10 +326,30 @@ class Adapters:
         graph = _Graph(self.active, self._graphs)
         return _Guard.apply(hidden, graph)
 
+    def low_rank(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the active adapter adds to the output of ``layer`` for inputs x (N, I): y (N, r) and B (O, r), as y B^T.
+
+        y = scaling * A x, made in A's dtype as PEFT makes it (autocast's inside autocast), of which x alone is kept for
+        the backward pass. None: it adds nothing.
+        """
+        name = self.active
+        if name is None or not is_lora(layer) or name not in layer.lora_A:
+            return None
+        a, dropout = layer.lora_A[name], layer.lora_dropout[name]
+        drops = isinstance(dropout, nn.Dropout)
+
+        def project(x: Tensor) -> Tensor:
+            return a(dropout(x.to(a.weight.dtype)))
+
+        # autograd would keep what dropout leaves of x, or a float32 copy of it; r columns are soon made again
+        y = checkpoint(project, x, use_reentrant=False, preserve_rng_state=drops)
+        return layer.scaling[name] * y, layer.lora_B[name].weight
+
     def save(self, name: str, folder: Path) -> None:
         """Write adapter ``name`` into ``folder`` as PEFT does: adapter_config.json, adapter_model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(self._peft, adapter_name=name)
+        # by default PEFT adds the base weight of a head that has an adapter
+        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
         config = self.config(name)
         mode, config.inference_mode = config.inference_mode, True
@@ -312,13 +359,27 @@ class Adapters:
     def merged(self, name: str) -> PreTrainedModel:
         """A copy of the base with adapter ``name`` folded into its weights; a 4-bit base comes out in 16 (or 32) bit.
 
+        A head that is tied to the embeddings comes out apart from them if it has an adapter.
+
         Raises:
             UserError: the base is in 4 bit and the adapter is a variant of LoRA, such as DoRA.
         """
         self.use(name)
         if is_4bit(self.model):
             return self._merged_plain(name)
-        return copy.deepcopy(self._peft).merge_and_unload(adapter_names=[name])
+        merged = copy.deepcopy(self._peft)
+        if self._unties(name):
+            model = merged.get_base_model()
+            head = plain_layer(model.get_output_embeddings())
+            # merged in place, the adapter would change the embeddings too
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            _untie(model.config)
+        return merged.merge_and_unload(adapter_names=[name])
+
+    def _unties(self, name: str) -> bool:
+        """Whether folding adapter ``name`` in parts the head from the embeddings."""
+        head = self.model.get_output_embeddings()
+        return is_lora(head) and name in head.lora_A and _is_tied(self.model)
 
     @torch.no_grad()
     def _merged_plain(self, name: str) -> PreTrainedModel:
@@ -334,14 +395,17 @@ class Adapters:
                 continue
             key = key.removesuffix(".base_layer")
             weights |= {f"{key}.{part}": p.data for part, p in module.named_parameters(recurse=False)}
-            if _packed(module):
-                layer = self.model.get_submodule(key)
-                weight = base_weight(module)()
-                if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            layer, packed = self.model.get_submodule(key), _packed(module)
+            adapted = isinstance(layer, LoraLayer) and name in layer.lora_A
+            if packed or adapted:  # the head is not packed and may have an adapter
+                weight = base_weight(module)() if packed else module.weight.data
+                if adapted:
                     weight = (weight.float() + layer.get_delta_weight(name)).to(weight.dtype)
-                weights[f"{key}.weight"] = weight.T.contiguous() if module.source_cls is Conv1D else weight
+                weights[f"{key}.weight"] = weight.T.contiguous() if packed and module.source_cls is Conv1D else weight
         config = copy.deepcopy(self.model.config)
         del config.quantization_config
+        if self._unties(name):
+            _untie(config)
         with torch.device("meta"):
             plain = type(self.model)(config)
         plain.load_state_dict(weights, strict=False, assign=True)
@@ -352,11 +416,23 @@ class Adapters:
         return plain
 
 
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head's weight is that of the embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and plain_layer(head).weight is embeddings.weight
+
+
+def _untie(config: PretrainedConfig) -> None:
+    """Have the configuration's model made, and read back, with a head of its own."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT still calls names that newer transformers deprecates; the user can do nothing about it."""
+    """PEFT still calls names that newer transformers deprecates, and warns of tied heads, whose export is ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings=True`")
         yield
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapters import plain_layer
+
 SAMPLES = 64  # elements of each tensor
 # of a configuration: how the model is run, not what it is
 _INCIDENTAL = ("dtype", "torch_dtype", "quantization_config", "transformers_version", "use_cache", "architectures")
@@ -29,6 +31,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
     packed = False
     groups: dict[str, list[tuple[str, Tensor]]] = {"linear": [], "rest": []}
     head = model.get_output_embeddings()
+    head = None if head is None else plain_layer(head)
     for key, module in model.named_modules():
         if ".lora_" in key:
             continue

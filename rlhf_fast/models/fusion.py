@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class Fusion(NamedTuple):
 
 def fuse(model: nn.Module) -> Fusion:
     """Fuse what can be fused in ``model``, also after adapters were added; logs every reason why something is not."""
-    for module in model.modules():
+    for module in _candidates(model):
         name = _kind_of(module)
         if name and "forward" not in vars(module) and KINDS[name].refusal(module) is None:
             module.__class__ = _fused_class(_class_of(module), name)
@@ -74,7 +74,7 @@ def unfuse(model: nn.Module) -> None:
 def describe(model: nn.Module) -> Fusion:
     """What runs fused and what does not, under the adapter that is active now."""
     fused, plain = Counter(), Counter()
-    for module in model.modules():
+    for module in _candidates(model):
         if name := _kind_of(module):
             kind = KINDS[name]
             reason = kind.refusal(module) or kind.now(module)
@@ -82,6 +82,12 @@ def describe(model: nn.Module) -> Fusion:
                 reason = "its forward was replaced by somebody else" if "forward" in vars(module) else "fusion is off"
             plain.update({(kind.title, reason): 1}) if reason else fused.update({kind.title: 1})
     return Fusion(dict(fused), dict(plain))
+
+
+def _candidates(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules but the head: training multiplies by its weight elsewhere, and generation has no graph to save."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return (module for module in model.modules() if module is not head)
 
 
 class _Kind(NamedTuple):

@@ -210,11 +210,15 @@ class Policy(nn.Module):
         hidden, weight, options = self._head_inputs(batch, self.role)
         labels = batch.input_ids[batch.response_rows]
         hits = torch.zeros((), device=hidden.device)
-        for rows, wanted in zip(hidden.split(chunk_size), labels.split(chunk_size)):
-            logits = rows @ weight.T.to(rows.dtype)
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = hidden[rows] @ weight.T.to(hidden.dtype)
+            if options["low_rank"] is not None:
+                x, b = (t.to(hidden.dtype) for t in options["low_rank"])
+                logits += x[rows] @ b.T
             if options["bias"] is not None:
                 logits = logits + options["bias"]
-            hits += (logits.argmax(-1) == wanted).sum()
+            hits += (logits.argmax(-1) == labels[rows]).sum()
         return hits
 
     def _precision(self) -> contextlib.AbstractContextManager:
@@ -232,7 +236,9 @@ class Policy(nn.Module):
         # Cohere multiplies logits, Granite divides them, Gemma 2 caps them
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return hidden, weight, {"bias": bias, "softcap": softcap, "logit_scale": scale}
+        with self._precision():
+            low_rank = self.adapters.low_rank(head, hidden)
+        return hidden, weight, {"bias": bias, "low_rank": low_rank, "softcap": softcap, "logit_scale": scale}
 
     @staticmethod
     def _spread(rows: Tensor, batch: TokenBatch) -> Tensor:

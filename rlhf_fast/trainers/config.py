@@ -68,7 +68,7 @@ class TrainerConfig:
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its output is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0  # on the adapter's input; SFT only, elsewhere two passes are compared and it must be 0
-    lora_target_modules: str | list[str] = "all-linear"  # names of the layers that get an adapter
+    lora_target_modules: str | list[str] = "all-linear"  # layers that get an adapter; a list may name lm_head too
     fused_layers: bool = True  # our LoRA, MLP and RMSNorm where they fit; false: PEFT's and transformers' own
     logging_steps: int = 10  # optimizer steps between log lines
     eval_steps: int | None = None  # optimizer steps between evaluations; None evaluates at the end

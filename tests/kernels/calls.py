@@ -64,8 +64,9 @@ def calls(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, 
             aggregate="sequence", **terms, **packed,
         )  # fmt: skip
 
-    def head(hidden, weight):
-        return kernels.linear_logprobs(hidden, weight, labels, softcap=4.0, logit_scale=1.2, entropy=True)
+    def head(hidden, weight, x, b):
+        options = {"low_rank": (x, b), "softcap": 4.0, "logit_scale": 1.2, "entropy": True}
+        return kernels.linear_logprobs(hidden, weight, labels, **options)
 
     def shaped(logprobs):
         return kernels.shaped_rewards(scores, logprobs, ref, mask, kl_coef=0.1, clip=1.0, **packed)
@@ -88,7 +89,7 @@ def calls(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, 
         "lora_mlp": (mlp, random(3, 6), random(2, 6), random(4, 2), random(6)),
         "rms_norm": (lambda x, w: kernels.rms_norm(x, w), random(2, 3, 6), random(6)),
         "token_logprobs": (lambda x: kernels.token_logprobs(x, labels, temperature=0.7, entropy=True), random(5, 11)),
-        "linear_logprobs": (head, random(5, 3), random(11, 3)),
+        "linear_logprobs": (head, random(5, 3), random(11, 3), random(5, 2), random(11, 2)),
         "linear_cross_entropy": (lambda h, w: kernels.linear_cross_entropy(h, w, labels), random(5, 3), random(11, 3)),
         "sequence_logprobs": (lambda x: kernels.sequence_logprobs(x, mask, average=True, **packed), random(len(mask))),
         "gae": (lambda: kernels.gae(old, values, mask, 0.9, 0.8, bootstrap=scores, **packed),),

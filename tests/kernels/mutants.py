@@ -95,8 +95,8 @@ PYTHON = (
     Mutant(
         "upstream gradient of the first token for all",
         "kernels/linear_logprobs/__init__.py",
-        "pairs = [(g[:, None], v) for",
-        "pairs = [(g[:1, None], v) for",
+        "[(g[:, None], vectors[i]) for",
+        "[(g[:1, None], vectors[i]) for",
         on("reference", HEAD),
     ),
     Mutant(
@@ -116,8 +116,8 @@ PYTHON = (
     Mutant(
         "logits rounded to 16 bits",
         "kernels/linear_logprobs/chunked.py",
-        "torch.mm(hidden, self.weight[slab].float().t(), out=out[:, slab])",
-        "out[:, slab] = torch.mm(hidden, self.weight[slab].float().t()).to(self.weight.dtype)",
+        "return out if self.bias is None else out.add_(self.bias)",
+        "return (out if self.bias is None else out.add_(self.bias)).to(self.dtype).to(self.work)",
         on("reference", HEAD),
     ),
     Mutant(
@@ -130,15 +130,36 @@ PYTHON = (
     Mutant(
         "gradient of the head from the last chunk only",
         "kernels/linear_logprobs/chunked.py",
-        "if first else total.addmm_(rows.t(), hidden)",
-        "if first else torch.mm(rows.t(), hidden, out=total)",
+        "self._multiply(total[slab], left, x, first)",
+        "self._multiply(total[slab], left, x, True)",
         on("reference", HEAD),
+    ),
+    Mutant(
+        "low-rank logits in the place of the head's",
+        "kernels/linear_logprobs/chunked.py",
+        "self._wide(matrix[slab]).t(), first=i == 0)",
+        "self._wide(matrix[slab]).t(), first=True)",
+        on("reference", HEAD),
+    ),
+    Mutant(
+        "gradient of the head without the upstream gradient",
+        "kernels/linear_logprobs/chunked.py",
+        "x = x[group] if grad is None else grad * x[group]",
+        "x = x[group]",
+        on("reference", HEAD),
+    ),
+    Mutant(
+        "gradient of float32 adapters rounded as the head's",
+        "kernels/linear_logprobs/chunked.py",
+        "gemm.dtype if alone and x.dtype == gemm.dtype else gemm.work",
+        "gemm.dtype if alone else gemm.work",
+        ("test_linear_logprobs.py::test_float32_adapters_get_unrounded_gradients_from_a_16_bit_head",),
     ),
     Mutant(
         "hidden states of ignored rows multiplied by 0",
         "kernels/linear_logprobs/chunked.py",
-        "torch.where((labels == ignore_index)[:, None], 0.0, grad * hidden)",
-        "(grad * hidden)",
+        "torch.where(self.labelled[group], x, 0.0)",
+        "(self.labelled[group] * x)",
         ("test_linear_logprobs.py::test_ignored_rows_are_never_read",),
     ),
     # advantages

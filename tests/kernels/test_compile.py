@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from rlhf_fast import kernels
 from rlhf_fast.kernels import use_backend
@@ -65,7 +66,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "rlhf_fast":
-            copies = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
+            copies = tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, args)
             self.seen.setdefault(function._opname, []).append(copies)
         return function(*args, **(kwargs or {}))
 

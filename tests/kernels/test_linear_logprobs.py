@@ -23,13 +23,16 @@ FAMILY = "linear_logprobs"
 # by name, as the door's function hides the module of the same name
 FAMILY_MODULE = sys.modules["rlhf_fast.kernels.linear_logprobs"]
 IGNORED = -100
+LEAVES = ("hidden", "weight", "bias", "x", "b")
 OPTIONS = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 1.3}
 CONFIDENT = {"temperature": 0.7, "softcap": 30.0, "logit_scale": 1.3}  # tanh(13 / 30) still leaves p_y > 0.999
 
 
-def formula(hidden, weight, labels, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
+def formula(hidden, weight, labels, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, low_rank=None):
     """The definition in the dtype of ``hidden``: logprobs and entropy."""
-    z = hidden @ weight.T * logit_scale if bias is None else (hidden @ weight.T + bias) * logit_scale
+    z = hidden @ weight.T
+    z = z if low_rank is None else z + low_rank[0].to(z.dtype) @ low_rank[1].to(z.dtype).T
+    z = (z if bias is None else z + bias) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_p = log_softmax(z / temperature, -1)
     keep = labels != IGNORED
@@ -48,11 +51,15 @@ def problem(shape=(2, 7), width=6, vocab_size=43, dtype=torch.float32, device="c
     return tuple(x.to(device) for x in (hidden, weight, bias, labels, upstream))
 
 
+def adapter(shape=(2, 7), rank=3, vocab_size=43, dtype=torch.float32, device="cpu", seed=1):
+    """x and B of a low-rank adapter on the head of ``problem``."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*s, rank, generator=generator).to(dtype).to(device) for s in (shape, (vocab_size,))]
+
+
 def gradients(function, leaves, trained, upstream, use_entropy):
     """Results and the gradients of the trained leaves; ``function`` takes the leaves."""
-    leaves = [
-        x.detach().clone().requires_grad_(name in trained) for name, x in zip(("hidden", "weight", "bias"), leaves)
-    ]
+    leaves = [x.detach().clone().requires_grad_(name in trained.split()) for name, x in zip(LEAVES, leaves)]
     logprobs, entropy = function(*leaves)
     loss = (logprobs * upstream[0]).sum()
     if use_entropy:
@@ -550,25 +557,32 @@ def test_gradcheck(monkeypatch, trained, kept):
 
 
 @pytest.mark.parametrize("keep", range(4))
-def test_forward_operator_passes_opcheck(keep):
+@pytest.mark.parametrize("factors", [1, 2])
+def test_forward_operator_passes_opcheck(keep, factors):
     hidden, weight, bias, labels, _ = problem(shape=(5,))
-    torch.library.opcheck(
-        torch.ops.rlhf_fast.linear_logprobs_forward,
-        (hidden, weight, labels, bias, 0.7, 2.0, 1.1, IGNORED, 2, keep),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    x, b = adapter(shape=(5,))
+    inputs, matrices = [hidden, x][:factors], [weight, b][:factors]
+    for needs in ([True] * factors, [True, False][:factors]):
+        torch.library.opcheck(
+            torch.ops.rlhf_fast.linear_logprobs_forward,
+            (labels, inputs, matrices, bias, 0.7, 2.0, 1.1, IGNORED, 2, keep, needs),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
-def test_backward_operators_pass_opcheck():
+@pytest.mark.parametrize("factors", [1, 2])
+def test_backward_operators_pass_opcheck(factors):
     hidden, weight, bias, labels, upstream = problem(shape=(5,))
-    options, needs = (0.7, 2.0, 1.1, IGNORED, 2), (True, True, True)
+    x, b = adapter(shape=(5,))
+    head = (labels, [hidden, x][:factors], [weight, b][:factors])
+    options, all_, first = (0.7, 2.0, 1.1, IGNORED, 2), [True] * factors, [True, False][:factors]
     ops, checks = torch.ops.rlhf_fast, {"test_utils": ("test_schema", "test_faketensor")}
-    _, entropy, lse, _, _, rows = ops.linear_logprobs_forward(hidden, weight, labels, bias, *options, chunked.KEEP_ROWS)
-    saved = (hidden, weight, labels, bias, lse, entropy, *upstream)
-    torch.library.opcheck(ops.linear_logprobs_backward, (*saved, *options, *needs), **checks)
-    from_rows = (rows, hidden, weight, labels, upstream[0], IGNORED, True, False, True)
+    _, entropy, lse, _, _, rows = ops.linear_logprobs_forward(*head, bias, *options, chunked.KEEP_ROWS, all_)
+    recomputed = (*head, bias, lse, entropy, *upstream, *options, all_, all_, True)
+    torch.library.opcheck(ops.linear_logprobs_backward, recomputed, **checks)
+    from_rows = (*head, rows, upstream[0], IGNORED, all_, first[::-1], True)
     torch.library.opcheck(ops.linear_logprobs_backward_from_rows, from_rows, **checks)
-    summed = (hidden, weight, labels, bias, upstream[0], *options, True, True, False)
+    summed = (*head, bias, upstream[0], *options, first, all_, False)
     torch.library.opcheck(ops.linear_cross_entropy_forward, summed, **checks)
 
 
@@ -608,6 +622,229 @@ def test_autocast_does_what_it_does_to_a_linear_layer(monkeypatch, trained, kept
         assert a.dtype == torch.float32
         tolerance = 1e-5 if i < 2 else 1e-2 * e.abs().max().item()
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=tolerance)
+
+
+# ---- a low-rank adapter on the head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", ["hidden x b", "x b", "hidden x", "b", "hidden weight bias x b"])
+@pytest.mark.parametrize("use_entropy", [False, True])
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_a_low_rank_adapter_matches_float64(backend, device, no_worse, monkeypatch, dtype, trained, use_entropy, kept):
+    """Every way through the backward pass, with all options; x and B in float32 whatever the head is."""
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    *leaves, labels, upstream = problem(dtype=dtype, device=device)
+    leaves += adapter(device=device)
+
+    def fused(h, w, bias, x, b):
+        options = {"bias": bias, "low_rank": (x, b), "entropy": True, "chunk_size": 4, **OPTIONS}
+        return linear_logprobs(h, w, labels, **options)
+
+    def plain(h, w, bias, x, b):
+        return formula(h, w, labels, bias, low_rank=(x, b), **OPTIONS)
+
+    actual = gradients(fused, leaves, trained, upstream, use_entropy)
+    expected = gradients(plain, leaves, trained, upstream, use_entropy)
+    # what the head multiplies is rounded to its dtype, the plain one's as well
+    exact = gradients(plain, [x.to(dtype).double() for x in leaves], trained, upstream, use_entropy)
+    for i, (a, p, e) in enumerate(zip(actual, expected, exact)):
+        no_worse(a, p.float() if i < 2 else p, e)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", ["hidden x b", "x b", "hidden weight x b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cross_entropy_of_a_low_rank_adapter_matches_float64(backend, device, no_worse, reduction, trained, dtype):
+    *leaves, labels, _ = problem(dtype=dtype, device=device)
+    leaves += adapter(device=device)
+
+    def fused(h, w, bias, x, b):
+        loss = linear_cross_entropy(h, w, labels, bias=bias, low_rank=(x, b), reduction=reduction, chunk_size=4)
+        return loss, torch.zeros_like(loss)
+
+    def plain(h, w, bias, x, b):
+        nll = -formula(h, w, labels, bias, low_rank=(x, b))[0]
+        nll = nll.sum() / (labels != IGNORED).sum() if reduction == "mean" else nll
+        return nll, torch.zeros_like(nll)
+
+    ones = torch.ones(2, *(labels.shape if reduction == "none" else ()), device=device)
+    actual = gradients(fused, leaves, trained, ones, False)
+    expected = gradients(plain, leaves, trained, ones, False)
+    exact = gradients(plain, [x.to(dtype).double() for x in leaves], trained, ones, False)
+    for i, (a, p, e) in enumerate(zip(actual, expected, exact)):
+        no_worse(a, p.float() if i < 2 else p, e)
+
+
+def test_a_low_rank_adapter_is_the_head_with_the_product_in_it(backend, device):
+    """x = s * hidden A^T: log-probabilities and the gradients of hidden, A and B are those of W + s B A."""
+    hidden, weight, _, labels, upstream = problem(device=device)
+    a, b = adapter(shape=(3,), rank=6)[0].to(device), adapter(device=device)[1]
+    leaves = [x.requires_grad_() for x in (hidden, a, b)]
+    found = linear_logprobs(hidden, weight, labels, low_rank=(0.5 * hidden @ a.T, b), **OPTIONS)
+    expected = formula(hidden.double(), weight.double() + 0.5 * b.double() @ a.double(), labels, **OPTIONS)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad((x * upstream[0]).sum(), leaves) for x in (found, expected)]
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "trained", "kept", "gemms", "narrow"),
+    [
+        (linear_logprobs, "", 0, 1, 1),
+        (linear_logprobs, "hidden x", 0, 2, 2),
+        (linear_logprobs, "x", 0, 1, 2),
+        (linear_logprobs, "hidden x b", 1 << 30, 2, 3),
+        (linear_logprobs, "hidden x b", 0, 3, 4),
+        (linear_logprobs, "x b", 1 << 30, 1, 3),
+        (linear_logprobs, "x b", 0, 2, 4),
+        (linear_logprobs, "hidden weight x b", 1 << 30, 3, 3),
+        (linear_cross_entropy, "hidden x b", 0, 2, 3),
+        (linear_cross_entropy, "x b", 0, 1, 3),
+        (partial(linear_logprobs, entropy=True), "hidden x", 0, 3, 3),
+        (partial(linear_logprobs, entropy=True), "hidden x b", 1 << 30, 3, 4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_number_of_gemms_under_a_low_rank_adapter(monkeypatch, function, trained, kept, gemms, narrow, dtype):
+    """No more of size V x D than without, and none for a frozen weight's gradient; those of rank r are ``narrow``."""
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    hidden, weight, _, labels, _ = problem(shape=(5,), vocab_size=97, dtype=dtype)
+    labels.clamp_(min=0)
+    leaves = dict(zip(("hidden", "weight", "x", "b"), (hidden, weight, *adapter(shape=(5,), vocab_size=97))))
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in trained.split())
+    with CountGemms(hidden, weight) as counter:
+        result = function(hidden, weight, labels, low_rank=(leaves["x"], leaves["b"]), chunk_size=2)
+        result = sum(x.sum() for x in result) if isinstance(result, tuple) else result.sum()
+        if trained:
+            result.backward()
+    assert counter.multiplications == 5 * 97 * (gemms * 6 + narrow * 3)
+
+
+class Allocated(TorchDispatchMode):
+    """The most elements of any tensor made, looking inside our operators too."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "rlhf_fast":
+            with self:
+                return IMPLEMENTATIONS[function._opname](*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)}
+        result = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def test_the_weight_is_neither_copied_nor_merged_nor_concatenated(monkeypatch):
+    """V = 97, D = 64: nothing as large as the weight is made, and of the logits 2 rows at a time."""
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: 0)
+    hidden, weight, _, labels, _ = problem(shape=(7,), width=64, vocab_size=97)
+    leaves = [x.requires_grad_() for x in (hidden, *adapter(shape=(7,), vocab_size=97))]
+    for function in (linear_logprobs, linear_cross_entropy):
+        with Allocated() as allocated:
+            loss = function(hidden, weight, labels, low_rank=leaves[1:], chunk_size=2).sum()
+            torch.autograd.grad(loss, leaves)
+        # the vectors of hidden, (7, 64), and the gradient of B, (97, 3)
+        assert allocated.largest == 7 * 64
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapters_get_unrounded_gradients_from_a_16_bit_head(backend, device, monkeypatch, kept, dtype):
+    """Sums over 300 tokens in float32, of products with g * x in 16 bits as a GPU takes them; not rounded at the end."""
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    hidden, weight, _, labels, upstream = problem(shape=(300,), dtype=dtype, device=device)
+    x, b = (y.requires_grad_() for y in adapter(shape=(300,), device=device))
+    for scale in (1.0, 1e-6):  # float16 has nothing below 6e-8
+        found = linear_logprobs(hidden, weight, labels, low_rank=(x, b), chunk_size=64)
+        found = torch.autograd.grad((found * upstream[0]).sum() * scale, (x, b))
+        doubles = [y.detach().to(dtype).double().requires_grad_() for y in (x, b)]
+        exact = formula(hidden.double(), weight.double(), labels, low_rank=doubles)[0]
+        exact = torch.autograd.grad((exact * upstream[0].double()).sum() * scale, doubles)
+        for got, want in zip(found, exact):
+            assert got.dtype == torch.float32 and (got != got.to(dtype).float()).any()
+            # Triton's interpreter cuts bf16 off where a GPU rounds
+            assert (got.double() - want).norm() <= 6e-3 * want.norm()
+
+
+def test_ignored_rows_of_a_low_rank_input_are_never_read(backend, device, monkeypatch):
+    hidden, weight, _, labels, upstream = problem(device=device)
+    x, b = adapter(device=device)
+    dirty = [torch.where((labels == IGNORED)[..., None], float("nan"), y) for y in (hidden, x)]
+
+    def run(h, w, _, x, b):
+        return linear_logprobs(h, w, labels, low_rank=(x, b), entropy=True, chunk_size=4)
+
+    for compact in (True, False):
+        if not compact:
+            monkeypatch.setattr(FAMILY_MODULE, "_labelled", lambda labels, *_: (labels.reshape(-1), None))
+        for use_entropy in (False, True):
+            clean = gradients(run, (hidden, weight, weight, x, b), "hidden x b", upstream, use_entropy)
+            found = gradients(run, (dirty[0], weight, weight, dirty[1], b), "hidden x b", upstream, use_entropy)
+            for c, d in zip(clean, found):
+                torch.testing.assert_close(d, c, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_gradcheck_of_a_low_rank_adapter(monkeypatch, kept):
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    hidden, weight, bias, labels, _ = problem(shape=(4,), width=3, vocab_size=5, dtype=torch.float64)
+    leaves = [y.requires_grad_() for y in (hidden, *adapter(shape=(4,), rank=2, vocab_size=5, dtype=torch.float64))]
+
+    def fused(h, x, b, entropy):
+        options = {"bias": bias, "low_rank": (x, b), "entropy": entropy, "chunk_size": 3, **OPTIONS}
+        return linear_logprobs(h, weight, labels, **options)
+
+    for entropy in (False, True):
+        assert torch.autograd.gradcheck(partial(fused, entropy=entropy), leaves)
+    assert torch.autograd.gradcheck(lambda h, x, b: linear_cross_entropy(h, weight, labels, low_rank=(x, b)), leaves)
+
+
+@pytest.mark.parametrize("trained", ["hidden x", "hidden x b"])
+def test_a_low_rank_adapter_compiles_without_a_graph_break(trained):
+    hidden, weight, _, labels, _ = problem()
+    x, b = adapter()
+
+    def loss(h, x, b):
+        logprobs, entropy = linear_logprobs(h, weight, labels, low_rank=(x, b), entropy=True)
+        detached = linear_logprobs(h, weight, labels, low_rank=(x, b))
+        return (logprobs - 0.1 * entropy + detached).sum() + linear_cross_entropy(h, weight, labels, low_rank=(x, b))
+
+    leaves = [y.requires_grad_(n in trained.split()) for n, y in (("hidden", hidden), ("x", x), ("b", b))]
+    wanted = [y for y in leaves if y.requires_grad]
+    expected = torch.autograd.grad(loss(*leaves), wanted)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), wanted)
+    for got, want in zip(compiled, expected):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_autocast_multiplies_a_low_rank_adapter_in_its_dtype(monkeypatch, kept):
+    monkeypatch.setattr(chunked, "kept_bytes", lambda device: kept)
+    hidden, weight, bias, labels, upstream = problem()
+    leaves = (hidden, weight, bias, *adapter())
+    rounded = [y if y is bias else y.bfloat16() for y in leaves]
+
+    def plain(h, w, bias, x, b):
+        return formula(h, w, labels, bias, low_rank=(x, b))
+
+    exact = gradients(plain, [y.double() for y in rounded], "hidden x b", upstream.double(), True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = gradients(
+            lambda h, w, bias, x, b: linear_logprobs(h, w, labels, bias=bias, low_rank=(x, b), entropy=True),
+            leaves,
+            "hidden x b",
+            upstream,
+            True,
+        )
+    for i, (a, e) in enumerate(zip(actual, exact)):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5 if i < 2 else 1e-2 * e.abs().max().item())
 
 
 PEAK = """
@@ -694,6 +931,9 @@ def test_chunk_size_fills_the_processors():
         ({"weight": torch.zeros(5, 3)}, "hidden must be"),
         ({"weight": torch.zeros(5, 4, dtype=torch.bfloat16)}, "cast one"),
         ({"bias": torch.zeros(4)}, "bias must be"),
+        ({"low_rank": (torch.zeros(2, 3), torch.zeros(5, 2))}, "low_rank must be x"),
+        ({"low_rank": (torch.zeros(2, 3), torch.zeros(4, 3))}, r"B \(5, r\)"),
+        ({"low_rank": (torch.zeros(3), torch.zeros(5, 3))}, "low_rank must be x"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"temperature": -1.0}, "temperature"),
         ({"logit_scale": 0.0}, "logit_scale must be positive, got 0.0"),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN 
 EDGES = ("masked words", "masked label", "confident", "NaN row", "NaN at ignored", "all ignored", "zero upstream")
 # a loss with a NaN row or an impossible label is NaN or infinite altogether
 LOSS_EDGES = ("masked words", "confident", "NaN at ignored", "all ignored", "zero upstream")
+ADAPTERS = ([], ["x", "b"], ["b"], ["x"])
 TRAINED = (["hidden"], ["hidden", "weight"], ["hidden", "weight", "bias"], ["weight"], ["bias"], ["hidden", "bias"])
 
 
@@ -25,7 +26,8 @@ class Head:
         self.case = case
         self.shape, self.width = case.pick((7,), (3,), (2, 4), (8,), (1,), (0,)), case.pick(5, 1, 16)
         self.vocab_size, self.ignored = case.pick(17, 43, 5, 2, 1), case.pick(-100, 0)
-        self.trained = case.pick(*TRAINED)
+        self.rank = case.pick(None, 3, None, 1)
+        self.trained = case.pick(*TRAINED) + (case.pick(*ADAPTERS) if self.rank else [])
         self.options = {
             "temperature": case.pick(1.0, 0.7, 1.6),
             "softcap": case.pick(None, 30.0 if "confident" in case.edges else 3.0),
@@ -40,7 +42,7 @@ class Head:
         self.tensors = self.operands(case.pick(*DTYPES))
         self.labels, self.keep = self.labels.to(case.device), self.keep.to(case.device)
         case.note(trained="+".join(self.trained), V=self.vocab_size, rows=self.labels.numel())
-        case.note(chunks=self.options["chunk_size"], softcap=self.options["softcap"] is not None)
+        case.note(rank=self.rank, chunks=self.options["chunk_size"], softcap=self.options["softcap"] is not None)
 
     def operands(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         case = self.case
@@ -63,14 +65,29 @@ class Head:
             if "NaN row" in case.edges and self.trained == ["hidden"]:
                 rows[-1:] = NAN
         case.note(dtype=dtype, stride=layout)
+        adapter = self.adapter(dtype, layout) if self.rank else {}
         tensors = {"hidden": laid_out(hidden.to(dtype).to(case.device), layout)}
         tensors["weight"] = laid_out(weight.to(dtype).to(case.device), case.pick("contiguous", "transposed", "sliced"))
-        return tensors if bias is None else tensors | {"bias": bias.to(dtype).to(case.device)}
+        tensors |= {} if bias is None else {"bias": bias.to(dtype).to(case.device)}
+        return tensors | adapter
 
-    def log_probabilities(self, hidden, weight, bias=None):
+    def adapter(self, dtype: torch.dtype, layout: str) -> dict[str, torch.Tensor]:
+        """x and B: numbers of the head's dtype, which they are multiplied in, held in it or in float32."""
+        case = self.case
+        x, b = case.normal(*self.shape, self.rank), case.normal(self.vocab_size, self.rank)
+        if "NaN at ignored" in case.edges and layout != "expanded":
+            x[~self.keep] = NAN
+        held = case.pick(dtype, torch.float32)
+        case.note(adapter=held)
+        x, b = (t.to(dtype).to(held).to(case.device) for t in (x, b))
+        return {"x": laid_out(x, layout), "b": laid_out(b, case.pick("contiguous", "transposed", "sliced"))}
+
+    def log_probabilities(self, hidden, weight, bias=None, x=None, b=None):
         """The definition."""
         hidden = torch.where(self.keep[..., None], hidden, 0.0)
         raw = hidden @ weight.T + (0.0 if bias is None else bias)
+        if x is not None:
+            raw = raw + torch.where(self.keep[..., None], x, 0.0).to(hidden.dtype) @ b.to(hidden.dtype).T
         if raw.requires_grad and raw.dtype == torch.float64:
             raw.register_hook(lambda gradient: setattr(self, "row_gradients", gradient))
         z = raw * self.options["logit_scale"]
@@ -83,20 +100,25 @@ class Head:
 
         That is half an ulp of each product at most: sum_v |dz_tv W_vd| for hidden, sum_t |dz_tv h_td| for the weight,
         whose other factor, g_t h_t, is rounded as well. Plain PyTorch has the same bound, but in a case of a few
-        numbers its roundings may happen to cancel.
+        numbers its roundings may happen to cancel. Float32 adapters are multiplied in 16 bits all the same.
         """
-        if self.row_gradients is None or self.tensors["hidden"].dtype == torch.float32:
+        dtype = self.tensors["hidden"].dtype
+        if self.row_gradients is None or dtype == torch.float32:
             return {}
-        rows = self.row_gradients.abs().view(-1, self.vocab_size)
-        hidden = torch.where(self.keep[..., None], self.tensors["hidden"].double(), 0.0).abs().view(-1, self.width)
-        products = {
-            "hidden": rows @ self.tensors["weight"].double().abs(),
-            "weight": 2 * rows.T @ hidden,
-            "bias": rows.sum(0),
-        }
+        # a row that is NaN is compared as such
+        rows = self.row_gradients.abs().nan_to_num(nan=0.0).view(-1, self.vocab_size)
+        products = {"bias": rows.sum(0)}
+        for name, matrix in (("hidden", "weight"), ("x", "b")):
+            if name in self.tensors:
+                x = torch.where(self.keep[..., None], self.tensors[name].double(), 0.0).abs()
+                ulps = torch.finfo(dtype).eps / torch.finfo(self.tensors[name].dtype).eps
+                products[name] = ulps * rows @ self.tensors[matrix].double().abs()
+                products[matrix] = 2 * ulps * rows.T @ x.reshape(len(rows), x.shape[-1])
         return {name: x.max().item() if x.numel() else 0.0 for name, x in products.items()}
 
-    def fused(self, function, hidden, weight, bias=None, **options):
+    def fused(self, function, hidden, weight, bias=None, x=None, b=None, **options):
+        if x is not None:
+            options["low_rank"] = x, b
         with pytest.MonkeyPatch.context() as patch:
             if self.recompute:
                 patch.setattr(chunked, "kept_bytes", lambda device: 0)
@@ -106,6 +128,8 @@ class Head:
 
     def problem(self, call, formula, inputs, trained):
         z = self.tensors["hidden"].double().nan_to_num() @ self.tensors["weight"].double().T
+        if self.rank:
+            z = z + self.tensors["x"].double().nan_to_num() @ self.tensors["b"].double().T
         largest = max(1.0, z.abs().max().item() if z.numel() else 0.0) * self.options["logit_scale"]
         zero = "zero upstream" in self.case.edges and "NaN row" not in self.case.edges
         rounded = max(1.0, largest / self.options["temperature"])
