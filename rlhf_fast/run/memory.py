@@ -428,8 +428,9 @@ def _inner_gradients(job: Job) -> int:
     if job.full:
         return 2 * job.width  # through the weight, and that of one factor
     if job.kernels == "fused":
-        # the product again, gradients of gate and up; plain PyTorch, on a CPU, makes the product beside them first
-        return (3 + (job.device == "cpu")) * job.width
+        if job.device == "cpu":  # plain PyTorch: the gradient, and in float32 the gate, its sigmoid, value and slope
+            return job.width + (3 if job.width == 4 else 4) * 4
+        return 3 * job.width  # the product again, gradients of gate and up
     return (
         2 * 4 if job.width == 4 else 4 + 3 * 2
     )  # PEFT: through the adapter in float32, cast; through the weight; their sum

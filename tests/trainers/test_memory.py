@@ -108,7 +108,7 @@ def test_the_planned_peak_is_within_ten_percent_of_what_the_allocator_saw(name, 
     """Two optimizer steps of 8 sequences of about 250 tokens: micro-batches of 2,000, or of 1,000."""
     method, more = RUNS[name]
     prompts = [{"prompt": c * 63} for c in "abcdefgh"]
-    pairs = [{"prompt": "a" * 125, "chosen": "b" * 125, "rejected": "c" * 125} for _ in range(4)]
+    pairs = [{"prompt": c * 125, "chosen": "y" * 125, "rejected": "z" * 125} for c in "abcd"]
     sft = [{"prompt": c * 125, "completion": "!" * 125} for c in "abcdefgh"]
     rows = {"sft": sft, "dpo": pairs, "reward": pairs}.get(method, prompts)
     more = {"gradient_checkpointing": True, "max_steps": 2, "logging_steps": 9, "lora_r": 8, **more}
