@@ -1,0 +1,625 @@
+"""Tokens per second and memory of whole training steps, ours and TRL's, on models of real shapes with random weights.
+
+    python -m bench.train                                        # reduced size, on the CPU
+    python -m bench.train --model llama-3.1-8b --bits 4 16       # on a GPU
+    python -m bench.train --model qwen2.5-7b --bits 4 --methods ppo --cap-gb 24
+    python -m bench.train --model llama-3.1-8b --bits 4 --max-context --cap-gb 24 48 80
+
+Both sides get the same model folder, the same rows, the same batch, LoRA and precision settings, and every row has the same
+length, so that neither pads: what differs is the work. Each run is a process of its own, so that its peak memory is its own. The
+first steps are not timed. *tokens* are those of the rows, prompts counted once per response, whether or not an implementation
+computes shared ones once. Where both sides compute the same loss (SFT, DPO), their first losses must agree, or neither is reported.
+
+Results go to ``train-<device>.csv`` in --out, a row per run, and a table to ``train-<device>.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("sft", "dpo", "ppo", "grpo")
+UNCOUNTED = 2  # steps at the start that are not timed
+LOSS_TOLERANCE = {16: 2e-2, 4: 2e-2, 32: 1e-4}  # of the first loss, relative, by bits of the base
+
+# decoder shapes; "cpu" keeps the proportions of a 7B layer at a size that two cores can train
+LLAMA = {
+    "model_type": "llama",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "rms_norm_eps": 1e-5,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "rms_norm_eps": 1e-6,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        **QWEN2,
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 1344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "qwen2.5-7b": {
+        **QWEN2,
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "llama-3.1-8b": {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one optimizer step learns from. Batches count sequences: documents, pairs or responses."""
+
+    prompt: int  # tokens
+    response: int  # tokens
+    batch: int
+    group: int = 1  # responses to a prompt
+
+    def tokens(self, method: str) -> int:
+        return self.batch * (2 if method == "dpo" else 1) * (self.prompt + self.response)
+
+
+WORK = {
+    "cpu": {
+        "sft": Work(0, 256, 2),
+        "dpo": Work(192, 64, 2),
+        "ppo": Work(64, 32, 8),
+        "grpo": Work(192, 32, 8, group=8),
+    },
+    "gpu": {
+        "sft": Work(0, 2048, 2),
+        "dpo": Work(1024, 512, 4),
+        "ppo": Work(512, 512, 16),
+        "grpo": Work(1024, 256, 16, group=8),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: who, what, on which model."""
+
+    side: str  # ours, TRL
+    method: str
+    model: str
+    bits: int  # of the base weights: 4, 16, 32
+    folder: str
+    work: Work
+    steps: int
+    cap_gb: float | None = None
+    options: dict[str, Any] | None = None  # further settings of our trainer
+
+    @property
+    def key(self) -> tuple:
+        return self.side, self.method, self.model, str(self.bits), str(self.cap_gb or "")
+
+
+COLUMNS = (
+    *("side", "method", "model", "bits", "cap_gb", "status", "tokens_per_second", "q1", "q3", "steps", "peak_gb"),
+    *(
+        "reserved_gb",
+        "load_peak_gb",
+        "seconds_per_step",
+        "generate",
+        "reward",
+        "train",
+        "first_loss",
+        "ratio",
+        "memory_ratio",
+    ),
+    *("work", "settings", "machine", "date", "versions"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.job:
+        return work(args.job)
+    import torch
+
+    from rlhf_fast.models import load  # noqa: F401  fails here rather than in every process
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bits = args.bits or ([4, 16] if device == "cuda" else [32])
+    models = args.folders or Path(tempfile.mkdtemp(prefix="bench-train-"))
+    rows: list[dict[str, Any]] = []
+    for name in args.model or (["llama-3.1-8b"] if device == "cuda" else ["cpu"]):
+        folder = random_model(name, models)
+        for width in bits:
+            for cap in args.cap_gb or [None]:
+                rows += (
+                    max_context(args, name, folder, width, cap)
+                    if args.max_context
+                    else race(args, name, folder, width, cap, device)
+                )
+    write(args.out, device, rows)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: cpu, or llama-3.1-8b on a GPU")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--bits", nargs="+", type=int, choices=(4, 16, 32), help="of the base; default 4 16, on a CPU 32"
+    )
+    parser.add_argument("--peers", choices=("trl", "none"), default="trl")
+    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each run")
+    parser.add_argument("--cap-gb", nargs="+", type=float, help="GPU memory that a run may use")
+    parser.add_argument("--max-context", action="store_true", help="instead: the longest SFT row that fits each cap")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of our trainers")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds a run may take")
+    parser.add_argument(
+        "--folders", type=Path, help="where model folders are made and found again; default: a temporary one"
+    )
+    parser.add_argument("-o", "--out", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ---- the model
+
+
+def random_model(name: str, folder: Path) -> Path:
+    """A model folder of that shape: bfloat16 weights (float32 for a CPU) in a shard a layer, and a tokenizer of digits."""
+    path = folder / name
+    if (path / "config.json").is_file():
+        return path
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf_fast.models.scratch import train_tokenizer
+
+    tokenizer = train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], 259 + 10)
+    sizes = {k: v for k, v in MODELS[name].items() if k != "model_type"}
+    config = AutoConfig.for_model(
+        MODELS[name]["model_type"],
+        **sizes,
+        max_position_embeddings=1 << 20,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_sliding_window=False,
+    )
+    dtype = torch.float32 if name == "cpu" else torch.bfloat16
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    _write_shards(model, path, dtype)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _write_shards(model: Any, path: Path, dtype: Any) -> None:
+    """Normal weights of spread 0.02 and norms of 1, written a layer at a time, so that memory holds one layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    groups: dict[str, list[str]] = {}
+    parameters = dict(model.named_parameters())
+    for name in parameters:
+        parts = name.split(".layers.")
+        groups.setdefault(parts[1].split(".")[0] if len(parts) == 2 else name, []).append(name)
+    index, total = {}, 0
+    for number, names in enumerate(groups.values(), start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            shape = parameters[name].shape
+            x = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator, device=device) * 0.02
+            tensors[name] = x.to(dtype).cpu()
+            total += tensors[name].nbytes
+            index[name] = file
+        save_file(tensors, path / file, metadata={"format": "pt"})
+    about = {"metadata": {"total_size": total}, "weight_map": index}
+    (path / "model.safetensors.index.json").write_text(json.dumps(about))
+
+
+# ---- the race
+
+
+def race(args, name: str, folder: Path, bits: int, cap: float | None, device: str) -> list[dict[str, Any]]:
+    """Both sides of every method, one after the other."""
+    rows = []
+    for method in args.methods:
+        work = WORK["cpu" if device == "cpu" else "gpu"][method]
+        ours = Job("ours", method, name, bits, str(folder), work, args.steps, cap, options(args.set))
+        pair = [run(ours, args.limit)]
+        if args.peers == "trl":
+            pair.append(run(replace(ours, side="TRL", options=None), args.limit))
+        rows += judged(pair, bits)
+        for row in pair:
+            print(line(row), flush=True)
+    return rows
+
+
+def judged(pair: list[dict[str, Any]], bits: int) -> list[dict[str, Any]]:
+    """Ratios to ours; a pair whose first losses differ is not a comparison."""
+    ours, peer = pair[0], pair[-1]
+    if len(pair) == 2 and ours["status"] == peer["status"] == "ok":
+        if ours["method"] in ("sft", "dpo"):
+            difference = abs(ours["first_loss"] - peer["first_loss"]) / abs(peer["first_loss"])
+            if difference > LOSS_TOLERANCE[bits]:
+                for row in pair:
+                    row["status"] = f"first losses differ: {ours['first_loss']:.5f}, TRL {peer['first_loss']:.5f}"
+                return pair
+        ours["ratio"] = ours["tokens_per_second"] / peer["tokens_per_second"]
+        ours["memory_ratio"] = ours["peak_gb"] / peer["peak_gb"]
+    return pair
+
+
+def run(job: Job, limit: float) -> dict[str, Any]:
+    """A job in a process of its own; its row, or why there is none."""
+    about = {k: v for k, v in asdict(job).items() if k in COLUMNS} | {"settings": json.dumps(job.options or {})}
+    about["work"] = f"{job.work.batch} x ({job.work.prompt} + {job.work.response})"
+    if job.side == "TRL" and job.method == "ppo":
+        return about | {"status": "TRL has no PPO"}
+    command = [sys.executable, "-m", "bench.train", "--job", json.dumps(asdict(job))]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return about | {"status": f"stopped after {limit:.0f} s"}
+    found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    if not found:
+        errors = [x for x in done.stderr.strip().splitlines() if x.strip()]
+        return about | {"status": f"failed: {errors[-1][:200] if errors else done.returncode}"}
+    return about | {"status": "ok"} | json.loads(found[-1].removeprefix("RESULT "))
+
+
+def options(pairs: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` arguments; a value is JSON where it can be."""
+    found = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
+    return found
+
+
+def max_context(args, name: str, folder: Path, bits: int, cap: float | None) -> list[dict[str, Any]]:
+    """The longest row that an SFT step fits, ours, doubled from 2,048 tokens and then halved in between."""
+    longest, tried, step = 0, 2048, 2048
+    while step >= 1024:
+        job = Job("ours", "sft", name, bits, str(folder), Work(0, tried, 1), 1, cap, options(args.set))
+        row = run(job, args.limit)
+        print(f"{cap or 'all'} GB, {tried:,} tokens: {row['status']}", flush=True)
+        growing = step == longest or not longest
+        if row["status"] == "ok":
+            longest, best = tried, row
+            step = longest if growing else step // 2
+        else:
+            step = (longest if growing else step) // 2
+        tried = longest + step
+        if not longest:
+            return [row | {"method": "sft, longest row"}]
+    return [best | {"method": f"sft, longest row: {longest} tokens"}]
+
+
+# ---- one job, in its own process
+
+
+def work(text: str) -> int:
+    """Train, and print the figures as one line of JSON."""
+    fields = json.loads(text)
+    job = Job(**{**fields, "work": Work(**fields["work"])})
+    import torch
+
+    if job.cap_gb and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job.cap_gb * 2**30 / total))
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = (ours if job.side == "ours" else trl)(job, Path(scratch))
+    print("RESULT " + json.dumps(figures))
+    return 0
+
+
+class Clock:
+    """When each optimizer step ended, and how high memory rose while they ran."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.load_peak = peak_gb()
+        reset_peak()
+
+    def step(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def figures(self, job: Job) -> dict[str, Any]:
+        import torch
+
+        seconds = [b - a for a, b in zip(self.ends, self.ends[1:])][UNCOUNTED - 1 :]
+        tokens = job.work.tokens(job.method)
+        rates = sorted(tokens / s for s in seconds) or [0.0]
+        quarters = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
+        reserved = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+        return {
+            "tokens_per_second": statistics.median(rates),
+            "q1": quarters[0],
+            "q3": quarters[2],
+            "steps": len(seconds),
+            "seconds_per_step": statistics.median(seconds) if seconds else None,
+            "peak_gb": peak_gb(),
+            "reserved_gb": reserved,
+            "load_peak_gb": self.load_peak,
+        }
+
+
+def reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gb() -> float:
+    """Highest memory since the last reset, in GiB: the allocator's on a GPU, resident memory on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 2**20
+
+
+def digits(count: int, seed: int) -> str:
+    """A text of exactly that many tokens: the tokenizer keeps digits single."""
+    import random
+
+    return "".join(random.Random(seed).choices("0123456789", k=count))
+
+
+def rows_of(job: Job) -> list[dict[str, Any]]:
+    """Enough rows for every step. A stop token is added to each response by both sides, hence one digit less."""
+    w, count = job.work, job.work.batch * (job.steps + UNCOUNTED)
+    if job.method == "sft":
+        # the same row throughout: whatever order it is read in, the first loss is the same
+        return [{"text": digits(w.response - 1, 0)}] * count
+    if job.method == "dpo":
+        return [
+            {
+                "prompt": digits(w.prompt, 3 * i),
+                "chosen": digits(w.response - 1, 3 * i + 1),
+                "rejected": digits(w.response - 1, 3 * i + 2),
+            }
+            for i in range(count)
+        ]
+    return [{"prompt": digits(w.prompt, i)} for i in range(count // w.group)]
+
+
+def parity(completions: list, **columns: Any) -> list[float]:
+    """A reward that costs nothing and differs between responses."""
+    return [float(len(str(c)) % 2) for c in completions]
+
+
+LORA = {"lora_r": 16, "lora_alpha": 32}
+BOTH = {"learning_rate": 1e-5, "gradient_checkpointing": True, "max_grad_norm": 1.0, "logging_steps": 1}
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """What both sides' configs call by the same names."""
+    w = job.work
+    shared = {**BOTH, "max_steps": job.steps + UNCOUNTED, "per_device_train_batch_size": w.batch}
+    if job.method == "sft":
+        return shared | {"max_length": w.response, "packing": False}
+    if job.method == "dpo":
+        return shared | {"max_length": w.prompt + w.response, "beta": 0.1}
+    shared |= {"max_completion_length": w.response, "temperature": 1.0}
+    return shared | ({"num_generations": w.group, "beta": 0.0, "loss_type": "dapo"} if job.method == "grpo" else {})
+
+
+def ours(job: Job, scratch: Path) -> dict[str, Any]:
+    import rlhf_fast
+    from rlhf_fast.run.metrics import read_metrics
+
+    names = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO", "reward": "Reward"}
+    common = {"use_peft": True, **LORA, "quiet": True, "save_steps": 10**9, "warmup_ratio": 0.0}
+    common |= (
+        {"dtype": "float32"} if job.bits == 32 else {"load_in_4bit": True} if job.bits == 4 else {"dtype": "bfloat16"}
+    )
+    common |= job.options or {}
+    arguments: dict[str, Any] = {}
+    if job.method == "ppo":
+        # the score of a model that sits on the same base: an adapter and a head, trained for one step
+        reward = rlhf_fast.RewardConfig(
+            output_dir=str(scratch / "reward"), max_steps=1, per_device_train_batch_size=1, **common
+        )
+        pair = [{"prompt": "1", "chosen": "2", "rejected": "3"}]
+        rlhf_fast.RewardTrainer(job.folder, args=reward, train_dataset=pair).train()
+        common["reward_model_path"] = str(scratch / "reward")
+    elif job.method == "grpo":
+        arguments["reward_funcs"] = [lambda prompts, completions, completion_ids, **columns: parity(completions)]
+    if job.method in ("ppo", "grpo"):
+        common |= {"rollout_batch_size": job.work.batch, "max_prompt_length": None}
+    config = getattr(rlhf_fast, f"{names[job.method]}Config")(
+        output_dir=str(scratch / "run"), **common, **settings(job)
+    )
+    trainer = getattr(rlhf_fast, f"{names[job.method]}Trainer")(
+        job.folder, args=config, train_dataset=rows_of(job), **arguments
+    )
+    clock, after_step = Clock(), trainer.after_step
+
+    def stamped() -> None:
+        after_step()
+        clock.step()
+
+    trainer.after_step = stamped
+    trainer.train()
+    logged = read_metrics(scratch / "run")
+    split = {
+        name: statistics.median([r[f"time/{name}"] for r in logged[UNCOUNTED:] if f"time/{name}" in r] or [0.0])
+        for name in ("generate", "reward", "train")
+    }
+    losses = [r["loss"] for r in logged if "loss" in r]
+    return clock.figures(job) | split | {"first_loss": losses[0] if losses else None}
+
+
+def trl(job: Job, scratch: Path) -> dict[str, Any]:
+    """With its own memory savers on: Liger's kernels where they run, flash attention where it is installed."""
+    import importlib.util
+
+    import torch
+    import trl as library
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from rlhf_fast.models.adapters import lora_config
+
+    cuda = torch.cuda.is_available()
+    load: dict[str, Any] = {"dtype": "float32" if job.bits == 32 else "bfloat16"}
+    if importlib.util.find_spec("flash_attn"):
+        load["attn_implementation"] = "flash_attention_2"
+    if job.bits == 4:
+        from transformers import BitsAndBytesConfig
+
+        load["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
+    names = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}
+    config = getattr(library, f"{names[job.method]}Config")(
+        output_dir=str(scratch / "run"),
+        bf16=cuda,
+        use_cpu=not cuda,
+        use_liger_kernel=cuda and importlib.util.find_spec("liger_kernel") is not None,
+        model_init_kwargs=load,
+        disable_tqdm=True,
+        save_strategy="no",
+        report_to="none",
+        warmup_steps=0,
+        **settings(job),
+    )
+    trainer = getattr(library, f"{names[job.method]}Trainer")(
+        job.folder,
+        args=config,
+        train_dataset=Dataset.from_list(rows_of(job)),
+        peft_config=lora_config(LORA["lora_r"], LORA["lora_alpha"]),
+        **({"reward_funcs": parity} if job.method == "grpo" else {}),
+    )
+    clock = Clock()
+
+    class Stamp(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            clock.step()
+
+    trainer.add_callback(Stamp())
+    trainer.train()
+    losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+    return clock.figures(job) | {"first_loss": losses[0] if losses else None}
+
+
+# ---- rows
+
+
+def line(row: dict[str, Any]) -> str:
+    about = f"{row['model']} {row['bits']} bits {row['method']:5} {row['side']:5}"
+    if row["status"] != "ok":
+        return f"{about} {row['status']}"
+    ratio = f"  {row['ratio']:.2f}x TRL's speed, {row['memory_ratio']:.2f}x its memory" if row.get("ratio") else ""
+    return f"{about} {row['tokens_per_second']:10,.0f} tokens/s  {row['peak_gb']:6.2f} GiB{ratio}"
+
+
+def write(out: Path, device: str, rows: list[dict[str, Any]]) -> None:
+    """Merge the rows into the CSV file of the device, and render its table."""
+    from bench.report import machine, version
+
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "flash-attn")
+    about = {
+        "machine": machine(device),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": " ".join(f"{name}={version(name)}" for name in packages),
+    }
+    path = out / f"train-{device}.csv"
+    key = ("side", "method", "model", "bits", "cap_gb")
+    fresh = [{k: _cell(row.get(k)) for k in COLUMNS} | about for row in rows]
+    old = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+    done = {tuple(r[k] for k in key) for r in fresh}
+    merged = sorted(
+        [r for r in old if tuple(r[k] for k in key) not in done] + fresh,
+        key=lambda r: [r[k] for k in key[1:]] + [r["side"]],
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged)
+    os.replace(temporary, path)
+    path.with_suffix(".md").write_text(markdown(merged))
+
+
+def _cell(x: Any) -> str:
+    return "" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    shown = {
+        "model": "model",
+        "bits": "base bits",
+        "cap_gb": "cap, GiB",
+        "method": "method",
+        "work": "batch x tokens",
+        "side": "side",
+        "status": "status",
+        "tokens_per_second": "tokens/s",
+        "peak_gb": "peak, GiB",
+        "generate": "generate, s",
+        "reward": "reward, s",
+        "train": "train, s",
+        "ratio": "speed over TRL",
+        "memory_ratio": "memory over TRL",
+    }
+    lines = ["# Training steps", "", *(__doc__ or "").strip().splitlines()[8:], ""]
+    lines += ["| " + " | ".join(shown.values()) + " |", "|" + " --- |" * len(shown)]
+    lines += ["| " + " | ".join(r[k] for k in shown) + " |" for r in rows]
+    if rows:
+        lines += ["", f"{rows[-1]['machine']}; {rows[-1]['date']}; {rows[-1]['versions']}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
