@@ -2,6 +2,7 @@
 
     python -m bench.gpu_suite --part ops --out DIR
     python -m bench.gpu_suite --part ops --dry-run      # the same steps at tiny sizes on a CPU, Triton interpreted
+    python -m bench.gpu_suite --part train --out DIR    # whole training steps, see bench/gpu_train.py
 
 Every step has a deadline. A step that fails or runs out of time is reported and the rest goes on: operations are timed
 even if their tests fail, as every contender is compared with float64 first, and the rows say so. The first round of
@@ -150,7 +151,7 @@ def wait(process: subprocess.Popen, deadline: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("ops",), default="ops")
+    parser.add_argument("--part", choices=("ops", "train"), default="ops", help="operations, or whole training steps")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, Triton interpreted")
     parser.add_argument("--out", type=Path, help="default: bench/results; a temporary folder for a dry run")
     args = parser.parse_args()
@@ -162,7 +163,12 @@ def main() -> int:
         os.environ |= {"TRITON_INTERPRET": "1", "RLHF_FAST_DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (out / "gpu-suite.log").open("w") as log:
         suite = Suite(out, log, PATIENCE * BUDGET if args.dry_run else BUDGET)
-        run_ops(suite, DRY if args.dry_run else FULL)
+        if args.part == "ops":
+            run_ops(suite, DRY if args.dry_run else FULL)
+        else:
+            from bench.gpu_train import run_train
+
+            run_train(suite, args.dry_run)
         ran = "dry run" if args.dry_run else "run"
         suite.say(f"{ran} of {time.monotonic() - suite.began:.0f} s; results in {out}")
     return any(verdict != "ok" and not verdict.startswith("left out") for verdict in suite.verdicts.values())
@@ -170,7 +176,7 @@ def main() -> int:
 
 def run_ops(suite: Suite, sizes: Sizes) -> None:
     dry = sizes.device == "cpu"
-    suite.run(Step("machine", python("-c", MACHINE), 60, tail=40))
+    suite.run(machine_step())
     suite.run(build_step(dry))
     suite.run(*test_steps(dry))
     tests = {family: tests_of(family, suite.verdicts) for family in FAMILIES}
@@ -216,6 +222,11 @@ print(*(f"{name} {number}" for name, number in versions.items()), sep=", ")
 missing = [name for name, number in versions.items() if number == "none"]
 print("MISSING, so not compared or not run:", ", ".join(missing) if missing else "nothing")
 """
+
+
+def machine_step() -> Step:
+    """What there is, and which peers are missing."""
+    return Step("machine", python("-c", MACHINE), 60, tail=40)
 
 
 def build_step(dry: bool) -> Step:

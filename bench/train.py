@@ -30,6 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("sft", "dpo", "ppo", "grpo")
+LONGEST = "longest row"  # of an SFT step, instead of its speed
 UNCOUNTED = 2  # steps at the start that are not timed
 LOSS_TOLERANCE = {16: 2e-2, 4: 2e-2, 32: 1e-4}  # of the first loss, relative, by bits of the base
 
@@ -118,10 +119,6 @@ class Job:
     cap_gb: float | None = None
     options: dict[str, Any] | None = None  # further settings of our trainer
 
-    @property
-    def key(self) -> tuple:
-        return self.side, self.method, self.model, str(self.bits), str(self.cap_gb or "")
-
 
 COLUMNS = (
     *("side", "method", "model", "bits", "cap_gb", "status", "tokens_per_second", "q1", "q3", "steps", "peak_gb"),
@@ -136,7 +133,7 @@ COLUMNS = (
         "ratio",
         "memory_ratio",
     ),
-    *("work", "settings", "machine", "date", "versions"),
+    *("longest_row", "work", "settings", "machine", "date", "versions"),
 )
 
 
@@ -151,17 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bits = args.bits or ([4, 16] if device == "cuda" else [32])
     models = args.folders or Path(tempfile.mkdtemp(prefix="bench-train-"))
-    rows: list[dict[str, Any]] = []
+    ways = [(width, cap) for width in bits for cap in args.cap_gb or [None]]
     for name in args.model or (["llama-3.1-8b"] if device == "cuda" else ["cpu"]):
         folder = random_model(name, models)
-        for width in bits:
-            for cap in args.cap_gb or [None]:
-                rows += (
-                    max_context(args, name, folder, width, cap)
-                    if args.max_context
-                    else race(args, name, folder, width, cap, device)
-                )
-    write(args.out, device, rows)
+        for width, cap in ways:
+            for method in [LONGEST] if args.max_context else args.methods:
+                rows = race(args, method, name, folder, width, cap, device)
+                write(args.out, device, rows)  # at once: a run that is cut keeps what it has
     return 0
 
 
@@ -175,7 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", choices=("trl", "none"), default="trl")
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each run")
     parser.add_argument("--cap-gb", nargs="+", type=float, help="GPU memory that a run may use")
-    parser.add_argument("--max-context", action="store_true", help="instead: the longest SFT row that fits each cap")
+    parser.add_argument("--max-context", action="store_true", help="instead: the longest SFT row that fits, ours")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of our trainers")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a run may take")
     parser.add_argument(
@@ -253,18 +246,18 @@ def _write_shards(model: Any, path: Path, dtype: Any) -> None:
 # ---- the race
 
 
-def race(args, name: str, folder: Path, bits: int, cap: float | None, device: str) -> list[dict[str, Any]]:
-    """Both sides of every method, one after the other."""
-    rows = []
-    for method in args.methods:
-        work = WORK["cpu" if device == "cpu" else "gpu"][method]
-        ours = Job("ours", method, name, bits, str(folder), work, args.steps, cap, options(args.set))
-        pair = [run(ours, args.limit)]
-        if args.peers == "trl":
-            pair.append(run(replace(ours, side="TRL", options=None), args.limit))
-        rows += judged(pair, bits)
-        for row in pair:
-            print(line(row), flush=True)
+def race(
+    args: argparse.Namespace, method: str, name: str, folder: Path, bits: int, cap: float | None, device: str
+) -> list[dict[str, Any]]:
+    """Both sides of a method, one after the other."""
+    work = WORK["cpu" if device == "cpu" else "gpu"]["sft" if method == LONGEST else method]
+    ours = Job("ours", method, name, bits, str(folder), work, args.steps, cap, options(args.set))
+    pair = [run(ours, args.limit)]
+    if args.peers == "trl" and method != LONGEST:
+        pair.append(run(replace(ours, side="TRL", options=None), args.limit))
+    rows = judged(pair, bits)
+    for row in rows:
+        print(line(row), flush=True)
     return rows
 
 
@@ -313,25 +306,6 @@ def options(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def max_context(args, name: str, folder: Path, bits: int, cap: float | None) -> list[dict[str, Any]]:
-    """The longest row that an SFT step fits, ours, doubled from 2,048 tokens and then halved in between."""
-    longest, tried, step = 0, 2048, 2048
-    while step >= 1024:
-        job = Job("ours", "sft", name, bits, str(folder), Work(0, tried, 1), 1, cap, options(args.set))
-        row = run(job, args.limit)
-        print(f"{cap or 'all'} GB, {tried:,} tokens: {row['status']}", flush=True)
-        growing = step == longest or not longest
-        if row["status"] == "ok":
-            longest, best = tried, row
-            step = longest if growing else step // 2
-        else:
-            step = (longest if growing else step) // 2
-        tried = longest + step
-        if not longest:
-            return [row | {"method": "sft, longest row"}]
-    return [best | {"method": f"sft, longest row: {longest} tokens"}]
-
-
 # ---- one job, in its own process
 
 
@@ -345,7 +319,8 @@ def work(text: str) -> int:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, job.cap_gb * 2**30 / total))
     with tempfile.TemporaryDirectory() as scratch:
-        figures = (ours if job.side == "ours" else trl)(job, Path(scratch))
+        side = longest_row if job.method == LONGEST else ours if job.side == "ours" else trl
+        figures = side(job, Path(scratch))
     print("RESULT " + json.dumps(figures))
     return 0
 
@@ -450,16 +425,62 @@ def settings(job: Job) -> dict[str, Any]:
     return shared | ({"num_generations": w.group, "beta": 0.0, "loss_type": "dapo"} if job.method == "grpo" else {})
 
 
+BASES: dict[int, dict[str, Any]] = {4: {"load_in_4bit": True}, 16: {"dtype": "bfloat16"}, 32: {"dtype": "float32"}}
+
+
+def common_settings(job: Job) -> dict[str, Any]:
+    """What all our trainers are told."""
+    quiet = {"quiet": True, "save_steps": 10**9, "warmup_ratio": 0.0}
+    return {"use_peft": True, **LORA, **quiet, **BASES[job.bits], **(job.options or {})}
+
+
+def longest_row(job: Job, scratch: Path) -> dict[str, Any]:
+    """The longest document of which a forward and a backward pass fit, to an eighth; the model is loaded once."""
+    import torch
+
+    from rlhf_fast import SFTConfig, SFTTrainer
+
+    given = {"per_device_train_batch_size": 1, "packing": False, **common_settings(job)}
+    model: Any = job.folder
+    reset_peak()
+
+    def fits(length: int) -> bool:
+        nonlocal model
+        config = SFTConfig(output_dir=str(scratch), max_length=length, micro_batch_tokens=length, **given)
+        trainer = SFTTrainer(model, args=config, train_dataset=[{"text": digits(length - 1, 0)}])
+        model = trainer.policy
+        model.train()
+        try:
+            records = trainer.largest()
+            for loss, *_ in trainer.losses(records, trainer.own_window(records)):
+                trainer.accelerator.backward(loss)
+            trainer.optimizer.step()  # its state takes memory too
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return True
+
+    # a CPU has no limit to run into
+    ceiling = 1 << 20 if torch.cuda.is_available() else 1024
+    longest, step = 0, ceiling // 512 if torch.cuda.is_available() else 256
+    while longest + step <= ceiling and fits(longest + step):
+        longest += step
+        step = longest
+    while step > max(longest // 8, 256):
+        step //= 2
+        longest += step if longest + step <= ceiling and fits(longest + step) else 0
+    return {"longest_row": longest, "peak_gb": peak_gb()}
+
+
 def ours(job: Job, scratch: Path) -> dict[str, Any]:
     import rlhf_fast
     from rlhf_fast.run.metrics import read_metrics
 
     names = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO", "reward": "Reward"}
-    common = {"use_peft": True, **LORA, "quiet": True, "save_steps": 10**9, "warmup_ratio": 0.0}
-    common |= (
-        {"dtype": "float32"} if job.bits == 32 else {"load_in_4bit": True} if job.bits == 4 else {"dtype": "bfloat16"}
-    )
-    common |= job.options or {}
+    common = common_settings(job)
     arguments: dict[str, Any] = {}
     if job.method == "ppo":
         # the score of a model that sits on the same base: an adapter and a head, trained for one step
@@ -559,6 +580,8 @@ def line(row: dict[str, Any]) -> str:
     about = f"{row['model']} {row['bits']} bits {row['method']:5} {row['side']:5}"
     if row["status"] != "ok":
         return f"{about} {row['status']}"
+    if row["method"] == LONGEST:
+        return f"{about} of SFT: {row['longest_row']:,} tokens in {row['cap_gb'] or 'all'} GiB"
     ratio = f"  {row['ratio']:.2f}x TRL's speed, {row['memory_ratio']:.2f}x its memory" if row.get("ratio") else ""
     return f"{about} {row['tokens_per_second']:10,.0f} tokens/s  {row['peak_gb']:6.2f} GiB{ratio}"
 
@@ -574,7 +597,7 @@ def write(out: Path, device: str, rows: list[dict[str, Any]]) -> None:
         "versions": " ".join(f"{name}={version(name)}" for name in packages),
     }
     path = out / f"train-{device}.csv"
-    key = ("side", "method", "model", "bits", "cap_gb")
+    key = ("side", "method", "model", "bits", "cap_gb", "settings")
     fresh = [{k: _cell(row.get(k)) for k in COLUMNS} | about for row in rows]
     old = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
     done = {tuple(r[k] for k in key) for r in fresh}
@@ -606,6 +629,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         "side": "side",
         "status": "status",
         "tokens_per_second": "tokens/s",
+        "longest_row": "longest row",
+        "settings": "our settings",
         "peak_gb": "peak, GiB",
         "generate": "generate, s",
         "reward": "reward, s",
