@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,8 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = random_model(name, models)
         for width, cap in ways:
             for method in [LONGEST] if args.max_context else args.methods:
-                rows = race(args, method, name, folder, width, cap, device)
-                write(args.out, device, rows)  # at once: a run that is cut keeps what it has
+                for rows in race(args, method, name, folder, width, cap, device):
+                    write(args.out, device, rows)  # at once: a run that is cut keeps what it has
     return 0
 
 
@@ -167,7 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peers", choices=("trl", "none"), default="trl")
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each run")
-    parser.add_argument("--cap-gb", nargs="+", type=float, help="GPU memory that a run may use")
+    parser.add_argument("--cap-gb", nargs="+", type=float, help="size of the GPU to pretend, in 10^9 bytes")
     parser.add_argument("--max-context", action="store_true", help="instead: the longest SFT row that fits, ours")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of our trainers")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a run may take")
@@ -248,17 +250,17 @@ def _write_shards(model: Any, path: Path, dtype: Any) -> None:
 
 def race(
     args: argparse.Namespace, method: str, name: str, folder: Path, bits: int, cap: float | None, device: str
-) -> list[dict[str, Any]]:
-    """Both sides of a method, one after the other."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Both sides of a method, one after the other: the rows so far, after each."""
     work = WORK["cpu" if device == "cpu" else "gpu"]["sft" if method == LONGEST else method]
     ours = Job("ours", method, name, bits, str(folder), work, args.steps, cap, options(args.set))
     pair = [run(ours, args.limit)]
+    yield pair
     if args.peers == "trl" and method != LONGEST:
         pair.append(run(replace(ours, side="TRL", options=None), args.limit))
-    rows = judged(pair, bits)
-    for row in rows:
+        yield judged(pair, bits)
+    for row in pair:
         print(line(row), flush=True)
-    return rows
 
 
 def judged(pair: list[dict[str, Any]], bits: int) -> list[dict[str, Any]]:
@@ -285,9 +287,12 @@ def run(job: Job, limit: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.train", "--job", json.dumps(asdict(job))]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return about | {"status": f"stopped after {limit:.0f} s"}
-    found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+        said = done.stdout
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout.decode(errors="replace") if late.stdout else ""
+        if "RESULT " not in said:
+            return about | {"status": f"stopped after {limit:.0f} s"}
+    found = [x for x in said.splitlines() if x.startswith("RESULT ")]
     if not found:
         errors = [x for x in done.stderr.strip().splitlines() if x.strip()]
         return about | {"status": f"failed: {errors[-1][:200] if errors else done.returncode}"}
@@ -316,13 +321,21 @@ def work(text: str) -> int:
     import torch
 
     if job.cap_gb and torch.cuda.is_available():
+        from rlhf_fast.run.memory import CONTEXT_BYTES
+
+        # a card of so many GB: the context of CUDA lies outside of what the fraction caps
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.cap_gb * 2**30 / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (job.cap_gb * 1e9 - CONTEXT_BYTES) / total))
     with tempfile.TemporaryDirectory() as scratch:
         side = longest_row if job.method == LONGEST else ours if job.side == "ours" else trl
         figures = side(job, Path(scratch))
-    print("RESULT " + json.dumps(figures))
+    report(figures)
     return 0
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Tell the process that waits for them; the last word counts."""
+    print("RESULT " + json.dumps(figures), flush=True)
 
 
 class Clock:
@@ -459,8 +472,10 @@ def longest_row(job: Job, scratch: Path) -> dict[str, Any]:
             return False
         finally:
             trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.optimizer.state.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        report({"longest_row": length, "peak_gb": peak_gb()})  # in case the next one takes too long
         return True
 
     # a CPU has no limit to run into
@@ -476,6 +491,8 @@ def longest_row(job: Job, scratch: Path) -> dict[str, Any]:
 
 
 def ours(job: Job, scratch: Path) -> dict[str, Any]:
+    import torch
+
     import rlhf_fast
     from rlhf_fast.run.metrics import read_metrics
 
@@ -489,6 +506,9 @@ def ours(job: Job, scratch: Path) -> dict[str, Any]:
         )
         pair = [{"prompt": "1", "chosen": "2", "rejected": "3"}]
         rlhf_fast.RewardTrainer(job.folder, args=reward, train_dataset=pair).train()
+        gc.collect()  # its base, before the next one is loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         common["reward_model_path"] = str(scratch / "reward")
     elif job.method == "grpo":
         arguments["reward_funcs"] = [lambda prompts, completions, completion_ids, **columns: parity(completions)]

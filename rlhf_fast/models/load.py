@@ -113,6 +113,8 @@ def attach(policy: Policy, role: str, folder: str | Path) -> Policy:
         return policy
     other = load(folder, device=policy.device, dtype=policy.model.dtype)
     other.compute_dtype, other.attention = policy.compute_dtype, policy.attention
+    if not policy.fused:
+        other.unfuse()
     return other.requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class Policy(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # of every pass, where it is not that of the weights
         self.attention = "auto"  # implementation of attention in every pass, see models.attention
         self.fused = True
-        self.adapters = Adapters(model, on_change=self._fuse)
+        fuse_again = weakref.WeakMethod(self._fuse)  # no cycle: a dropped policy gives its memory back at once
+        self.adapters = Adapters(model, on_change=lambda: (method := fuse_again()) and method())
         self.host_inputs: HostInputs | None = None  # where checkpointed layers keep their inputs, if not on the device
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -172,8 +174,14 @@ class Policy(nn.Module):
         return self.adapters.guard(out.last_hidden_state[0])
 
     def logprobs(
-        self, batch: TokenBatch, *, role: str | None = None, temperature: float = 1.0, entropy: bool | str = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        batch: TokenBatch,
+        *,
+        role: str | None = None,
+        temperature: float = 1.0,
+        entropy: bool | str = False,
+        greedy_hits: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Log-probability of every response token given what precedes it.
 
         Args:
@@ -181,6 +189,8 @@ class Policy(nn.Module):
             role: whose probabilities; the policy's own by default.
             temperature: of the softmax.
             entropy: also return the entropy of each prediction; "detached" when no gradient through it is needed.
+            greedy_hits: also return, last, how many response tokens are the most likely ones, a device scalar. Costs one
+                more product with the head, without a gradient.
 
         Returns:
             (N,) float32, 0 outside the responses; with ``entropy``, a pair of such.
@@ -190,9 +200,10 @@ class Policy(nn.Module):
         labels = batch.input_ids[batch.response_rows]
         with self._precision():
             flat = linear_logprobs(hidden, weight, labels, temperature=temperature, entropy=entropy, **options)
-        if entropy:
-            return tuple(self._spread(x, batch) for x in flat)
-        return self._spread(flat, batch)
+        results = [self._spread(x, batch) for x in (flat if entropy else (flat,))]
+        if greedy_hits:
+            results.append(_greedy_hits(hidden, weight, labels, **options))
+        return tuple(results) if len(results) > 1 else results[0]
 
     def values(self, batch: TokenBatch, *, role: str = "value") -> Tensor:
         """The critic's estimate of the state before every response token. (N,) float32, 0 outside the responses."""
@@ -203,23 +214,6 @@ class Policy(nn.Module):
         """The reward model's score of every sequence, read at its last token. (B,) float32."""
         hidden = self.hidden(batch, role)
         return self.heads[role](hidden[batch.cu_seqlens[1:].long() - 1])
-
-    @torch.no_grad()
-    def greedy_hits(self, batch: TokenBatch, chunk_size: int = 1024) -> Tensor:
-        """How many response tokens are the model's most likely ones; a device scalar."""
-        hidden, weight, options = self._head_inputs(batch, self.role)
-        labels = batch.input_ids[batch.response_rows]
-        hits = torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), chunk_size):
-            rows = slice(start, start + chunk_size)
-            logits = hidden[rows] @ weight.T.to(hidden.dtype)
-            if options["low_rank"] is not None:
-                x, b = (t.to(hidden.dtype) for t in options["low_rank"])
-                logits += x[rows] @ b.T
-            if options["bias"] is not None:
-                logits = logits + options["bias"]
-            hits += (logits.argmax(-1) == labels[rows]).sum()
-        return hits
 
     def _precision(self) -> contextlib.AbstractContextManager:
         """Compute in ``compute_dtype``: all passes alike, so that training sees the probabilities that were sampled."""
@@ -347,6 +341,23 @@ class Policy(nn.Module):
         with generation_attention(model, self.native_attention):
             model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _greedy_hits(hidden, weight, labels, *, bias, low_rank, chunk_size: int = 256, **monotonic) -> Tensor:
+    """How many labels are the most likely words; logits as large as ``linear_logprobs`` holds them at most. A softcap and a
+    scale change no order."""
+    hits = torch.zeros((), device=hidden.device)
+    for start in range(0, len(hidden), chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits = hidden[rows] @ weight.T.to(hidden.dtype)
+        if low_rank is not None:
+            x, b = (t.to(hidden.dtype) for t in low_rank)
+            logits += x[rows] @ b.T
+        if bias is not None:
+            logits = logits + bias
+        hits += (logits.argmax(-1) == labels[rows]).sum()
+    return hits
 
 
 def load_heads(policy: Policy, folder: Path, role: str) -> None:

@@ -45,7 +45,14 @@ class GrowingLayer(DynamicLayer):
     """A layer's keys and values inside buffers with spare room, so that a new token costs one write.
 
     ``DynamicLayer`` concatenates, which copies the whole cache at every token.
+
+    Args:
+        limit: tokens of the longest sequence to come: room for more is never made.
     """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -59,7 +66,7 @@ class GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self.buffers[0].shape[-2]:
-            self._rebuild(self.keys, self.values, capacity=end + max(32, end // 4))
+            self._rebuild(self.keys, self.values, capacity=max(end, min(end + max(32, end // 4), self.limit)))
         for buffer, new in zip(self.buffers, (key_states, value_states)):
             buffer[:, :, start:end] = new
         self._view(end)
@@ -110,9 +117,10 @@ class DecodingLoop:
         **model_kwargs: Any,
     ) -> Decoded:
         """transformers' contract for a custom loop. ``input_ids`` are (P, L) prompts, padded on the left."""
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         if type(cache) is DynamicCache:
-            cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+            limit = input_ids.shape[1] + self.tokens.shape[1]
+            cache.layers = [GrowingLayer(limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         selectable = can_select(cache)
         live = torch.arange(len(self.rows.prompt), device=input_ids.device)
         if not selectable:
@@ -211,6 +219,11 @@ def keep_top(weights: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Ten
     return weights.where((before < top_p[:, None] * total) | (top_p[:, None] >= 1), 0.0), order
 
 
+def cache_of(model_kwargs: dict[str, Any]) -> Any:
+    """The keys and values of a generation; transformers 5.24 renamed the argument."""
+    return model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+
+
 def can_select(cache: Any) -> bool:
     """Whether sequences can be dropped from and repeated in the cache."""
     return isinstance(cache, DynamicCache) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
@@ -222,7 +235,7 @@ def select(indices: Tensor, input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
     for name, value in model_kwargs.items():
         per_sequence = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
         picked[name] = value[indices] if per_sequence else value
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_of(model_kwargs)
     if cache is not None and cache.get_seq_length() > 0:
         cache.batch_select_indices(indices)
     return input_ids[indices], picked

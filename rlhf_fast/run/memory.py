@@ -270,7 +270,7 @@ class Job:
     lora_r: int = 16
     lora_targets: str | tuple[str, ...] = "all-linear"
     optimizer: str = "adamw"
-    kernels: str = "fused"  # whose activations: fused, or PEFT's own layers
+    kernels: str = "fused"  # whose activations: fused, or PEFT's and transformers' own layers
     micro_batch_tokens: int | None = None  # None: one longest record
     checkpointing: bool = True
     offload: bool = False
@@ -375,11 +375,11 @@ def saved_per_token(job: Job) -> dict[str, float]:
         attention["output in packed order"] = w * q
     gates = 2 if s.traits.gated else 1
     if job.full:
-        # norms keep x and its normalised form, linears the input they cast
+        # norms keep x and, unless they are ours, its normalised form; linears the input they cast
         casts = 1 if w == 4 else 3 + 2
         norms = {
             "residual stream": 4 * d,
-            "normalised": 2 * 4 * d,
+            "normalised": 2 * 4 * d if job.kernels == "peft" else 0,
             "inputs of linears": w * d * (2 if w == 4 else casts),
         }
         return {**norms, **attention, "gate, up, their products": w * i * (gates + 2)}
@@ -450,9 +450,7 @@ def _head(job: Job) -> Iterator[Part]:
         rows * ((4 + 2 * cuda) * s.vocab + 4 * s.hidden),
         "head",
     )
-    # at log steps SFT counts greedy hits: a pass without gradients while the graph is alive, logits 1024 rows at a time
-    hits = n * w * (3 * s.intermediate + 2 * s.hidden) + min(n, 1024) * s.vocab * w
-    yield Part("pass that counts greedy hits", hits, "head") if job.method == "sft" and hits > logits.bytes else logits
+    yield logits
     if job.full:
         kept = 2 * n * s.vocab  # kept when small, made again otherwise; and the float32 gradient of the head
         yield Part("gradient of the head", 4 * s.vocab * s.hidden + min(kept, GB), "head")
@@ -473,6 +471,8 @@ def rollout(job: Job, sequences: int) -> list[Part]:
     prompts = math.ceil(sequences / (job.num_generations if job.method == "grpo" else 1))
     return [
         Part(f"keys and values of {sequences} sequences", sequences * job.length * kv_per_token(job), "rollout"),
+        # a layer's buffers grow by copying them
+        Part("a layer's keys and values, again", sequences * job.length * kv_per_token(job) / s.layers, "rollout"),
         Part(
             "prompts in a layer",
             prompts * prompt * w * (3 * s.intermediate + 4 * s.hidden),

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import Policy
+from rlhf_fast.models.adapters import is_4bit
 from rlhf_fast.run import memory
 from rlhf_fast.run.checkpoint import rng_state, set_rng_state
 from rlhf_fast.run.memory import GB, OPTIMIZER_BYTES, Job, Part, Plan
@@ -36,15 +38,25 @@ def job_of(trainer: Trainer) -> Job:
         shape=memory.Shape.of(config, name, strict=False),
         method=trainer.method,
         full=not policy.adapters.names,
-        base="fp32" if wide else "bf16",
+        base="fp32" if wide else "nf4" if is_4bit(policy.model) else "bf16",
         lora_r=policy.adapters.config(policy.role).r if policy.adapters.names else a.lora_r,
-        kernels="fused" if getattr(policy, "fused", False) else "peft",
+        kernels="fused" if _fused(policy) else "peft",
         optimizer=getattr(a, "optim", "adamw"),
         checkpointing=a.gradient_checkpointing is not False,
         offload=bool(a.offload_activations),
         device=trainer.accelerator.device.type,
         **trainer.sizes(),
     )
+
+
+def _fused(policy: Policy) -> bool:
+    """Whether all that can be runs fused in training: a LoRA layer or MLP that does not keeps what PEFT keeps."""
+    training = policy.training
+    policy.train()  # dropout is PEFT's
+    fused, plain = policy.fusion
+    policy.train(training)
+    kinds = {"LoRA layers", "MLPs"} if policy.adapters.names else {"norms"}
+    return kinds <= set(fused) and not kinds & {kind for kind, _ in plain}
 
 
 def weights_of(models: Iterable[nn.Module], optimizer: str) -> list[Part]:
@@ -111,6 +123,7 @@ class Trial:
 def rehearse(trainer: Trainer) -> int:
     """Forward and backward of the largest micro-batch, without effect; halves ``micro_batch_tokens`` until it fits.
 
+    What a step holds besides is there meanwhile, as ballast: the optimizer's state, and gradients of micro-batches before.
     Weights, optimizer, metrics and random state are as before, gradients are dropped.
 
     Returns:
@@ -122,6 +135,8 @@ def rehearse(trainer: Trainer) -> int:
     while (trial := _try(trainer)).error is not None:
         if trial.tokens <= smallest:
             raise UserError(_too_large(trainer, trial))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         trainer.micro_batch_tokens = max(smallest, trial.tokens // 2)
         trainer.say(
             f"memory: a micro-batch of {trial.tokens:,} tokens does not fit (in the {trial.stage}); going on with "
@@ -132,8 +147,10 @@ def rehearse(trainer: Trainer) -> int:
 
 def _try(trainer: Trainer) -> Trial:
     before, random = dict(vars(trainer)), rng_state()
-    trial = Trial(0)
+    trial, ballast = Trial(0), None
+    trainer.step = trainer.largest_step  # what steps differ in is tried at its largest
     try:
+        ballast = _ballast(trainer)
         records = trainer.largest()
         trial.tokens = trainer.tokens(records)
         alone = trainer.accelerator.num_processes == 1
@@ -145,12 +162,21 @@ def _try(trainer: Trainer) -> Trial:
     except torch.OutOfMemoryError as error:
         trial.error = str(error).splitlines()[0]
     finally:
+        del ballast
         vars(trainer).update(before)  # what the losses noted down
         trainer.optimizer.zero_grad(set_to_none=True)
         set_rng_state(random)
-    if trial.error is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return trial
+
+
+def _ballast(trainer: Trainer) -> torch.Tensor:
+    """As much memory as the optimizer's state and the gradients of a step will take that are not there yet."""
+    there = sum(x.nbytes for s in trainer.optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
+    job = job_of(trainer)
+    coming = sum(p.bytes for p in weights_of([trainer.policy], job.optimizer) if p.name.endswith("state"))
+    gradients = 0 if job.one_micro_batch else sum(p.nbytes for p in trainer.parameters)
+    size = max(0, int(coming) - there) + gradients
+    return torch.empty(size, dtype=torch.uint8, device=trainer.accelerator.device)
 
 
 def _too_large(trainer: Trainer, trial: Trial) -> str:

@@ -107,6 +107,11 @@ class PPOTrainer(RLTrainer):
             plan += [order[a:b] for a, b in itertools.pairwise(bounds)]
         return plan
 
+    @property
+    def largest_step(self) -> int:
+        """One that trains the policy too."""
+        return max(super().largest_step, self.args.critic_warmup_steps)
+
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample one response to every prompt, score it, and estimate the advantage of each of its tokens."""

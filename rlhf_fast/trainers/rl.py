@@ -95,7 +95,9 @@ class RLTrainer(Trainer):
         tokens = max(min(sizes["micro_batch_tokens"], sizes["window_tokens"]), sizes["length"])
         whole, rest = divmod(tokens, sizes["length"])
         lengths = [sizes["length"]] * whole + [rest] * (rest > len(prompt))
-        return [self._blank(prompt, length) for length in lengths]
+        # real prompts differ: rows that these shared would not be tried
+        vocabulary = self.policy.model.get_input_embeddings().num_embeddings
+        return [self._blank([(prompt[0] + i) % vocabulary, *prompt[1:]], length) for i, length in enumerate(lengths)]
 
     def _blank(self, prompt: Sequence[int], length: int) -> Experience:
         """A record of ``length`` tokens that teaches nothing."""
@@ -146,7 +148,7 @@ class RLTrainer(Trainer):
             self.rollouts.functions,
             reward_weights=a.reward_weights,
             max_new_tokens=a.max_completion_length,
-            max_batch_size=a.rollout_batch_size,
+            max_batch_size=self.rollout_batch_size or a.rollout_batch_size,
         )
         return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
 

@@ -59,10 +59,11 @@ class SFTTrainer(Trainer):
 
     def losses(self, records: list[list[Example]], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         batch = self.pack([e for row in records for e in row])
-        logprobs, entropy = self.model(batch, entropy="detached")
+        logging = self.logs_this_step or not torch.is_grad_enabled()
+        logprobs, entropy, *hits = self.model(batch, entropy="detached", greedy_hits=logging)
         weighted = logprobs if batch.weights is None else logprobs * batch.weights
         tokens = batch.num_response_tokens  # never 0: rows without one are dropped
         metrics = {"entropy": entropy.sum() / tokens}
-        if self.logs_this_step or not torch.is_grad_enabled():  # costs a second pass over the body
-            metrics["mean_token_accuracy"] = self.policy.greedy_hits(batch) / tokens
+        if logging:  # costs one more product with the head
+            metrics["mean_token_accuracy"] = hits[0] / tokens
         yield -weighted.sum() / window.tokens, metrics, tokens

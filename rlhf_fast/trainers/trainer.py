@@ -233,6 +233,11 @@ class Trainer:
             "window_tokens": sum(tokens[: a.per_device_train_batch_size * a.gradient_accumulation_steps]),
         }
 
+    @property
+    def largest_step(self) -> int:
+        """A step that computes all that any step does: one that logs."""
+        return max(self.step, min(self.args.logging_steps, self.total_steps) - 1)
+
     def largest(self) -> list[Any]:
         """The records of the largest micro-batch that can come, ready for ``losses``."""
         records = self._candidates()
@@ -606,6 +611,7 @@ class Trainer:
             "sampler": self.sampler.state(),
             "rows_drawn": self.rows_drawn,
             "skipped": self._skipped,
+            "micro_batch_tokens": self.micro_batch_tokens,
             "ranks": gather_object([local]),
             "extra": self.extra_state(),
             "base": fingerprint(self.policy.model) if self.policy.adapters.names else None,  # frozen, and not in here
@@ -642,6 +648,8 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"{error}; resume with the data and the seed that the run began with") from error
         self.rows_drawn, self._skipped = state["rows_drawn"], state["skipped"]
+        # what a plan or a rehearsal had settled on: sums in other parts would round differently
+        self.micro_batch_tokens = state["micro_batch_tokens"]
         local = state["ranks"][self.accelerator.process_index]
         self.plan = local["plan"]
         self.metrics.load_state(local["metrics"])

@@ -44,6 +44,6 @@ def test_targets_are_measured_on_the_rows_they_name(tmp_path):
     assert [x.strip() for x in found["QLoRA SFT, memory over TRL"]] == ["0.85x", "≤ 0.8x", "missed"]
     assert [x.strip() for x in found["QLoRA SFT, peak"]] == ["7.5 GiB", "≤ 7.8 GiB", "met"]
     assert [x.strip() for x in found["QLoRA SFT with offload, peak"]] == ["7.4 GiB", "≤ 7 GiB", "missed"]
-    assert found["PPO QLoRA, 1k tokens, inside"][2].strip() == "not measured: failed: out of memory"
+    assert found["PPO QLoRA, 1k tokens, on 24 GB"][2].strip() == "not measured: failed: out of memory"
     assert found["LoRA SFT, speed over TRL"][2].strip() == "not measured: no row"
     assert found["longest SFT row in 24.0 GiB"][0].strip() == "81920 tokens"

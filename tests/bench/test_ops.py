@@ -329,7 +329,7 @@ def test_every_contender_agrees_with_float64(task):
 def test_every_public_operation_has_a_task_and_a_test_file():
     from rlhf_fast import kernels
 
-    administration = {"BACKENDS", "available", "backend_report", "implementation", "use_backend"}
+    administration = {"BACKENDS", "LoraWeights", "available", "backend_report", "implementation", "use_backend"}
     assert {t.op for t in tasks("cpu")} == set(kernels.__all__) - administration
     for t in tasks("cpu"):
         assert (ops.ROOT / t.tests).is_file()

@@ -633,7 +633,7 @@ LAYERS = (
     Mutant(
         "the derivative of silu without its second term",
         "kernels/lora/reference.py",
-        "p * (1.0 + z * (1.0 - p))",
+        "(1.0 - p).mul_(z).add_(1.0).mul_(p)",
         "p",
         (MLP,),
     ),

@@ -95,7 +95,7 @@ def passes(policy, examples, shared):
     batch = TokenBatch.pack(examples, shared_prefix=shared)
     logprobs, entropy = (responses(x, batch, examples) for x in policy.logprobs(batch, entropy=True))
     values, scores = responses(policy.values(batch), batch, examples), policy.scores(batch)
-    outputs = [logprobs, entropy, values, scores, policy.greedy_hits(batch)]
+    outputs = [logprobs, entropy, values, scores, policy.logprobs(batch, greedy_hits=True)[-1]]
     loss = sum((x * torch.randn_like(x)).sum() for x in outputs[:4])
     loss.backward()
     return outputs, {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}

@@ -183,7 +183,7 @@ def test_caps_scales_and_tied_heads_of_other_families(family, tokenizer, example
     for parameter in policy.adapters.parameters("policy").values():
         parameter.data.normal_(0, 0.2)
     batch = TokenBatch.pack(examples)
-    got, hits = policy.logprobs(batch), policy.greedy_hits(batch)
+    got, hits = policy.logprobs(batch, greedy_hits=True)
     picked, right = [], 0
     with policy.generation_model() as plain:
         for e in examples:
@@ -201,9 +201,9 @@ def test_what_generation_picks_are_the_greedy_hits(folder, examples):
     with policy.generation_model() as ready, torch.no_grad():
         ids = ready.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False, eos_token_id=None)
     said = Example(ids[0].tolist(), [False] * 3 + [True] * 9)
-    assert policy.greedy_hits(TokenBatch.pack([said])) == 9
+    assert policy.logprobs(TokenBatch.pack([said]), greedy_hits=True)[-1] == 9
     policy.adapters.parameters("policy")["lm_head.lora_B.weight"].data.neg_()
-    assert policy.greedy_hits(TokenBatch.pack([said])) < 9
+    assert policy.logprobs(TokenBatch.pack([said]), greedy_hits=True)[-1] < 9
 
 
 def test_its_dropout_drops_in_training_only(folder, examples):

@@ -23,7 +23,7 @@ from rlhf_fast import (
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import rng_state
 from rlhf_fast.run.memory import GB, Job, Part, Plan, find_shape
-from rlhf_fast.trainers.memory import compare, plan_of, weights_of
+from rlhf_fast.trainers.memory import _ballast, compare, plan_of, weights_of
 
 ROWS = [{"prompt": f"{i}. ", "completion": w} for i, w in enumerate(["a", "to be", "seventeen", "q", "1,000,000"])]
 PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"][:1] + "?"} for r in ROWS]
@@ -256,6 +256,35 @@ def test_a_rehearsal_runs_the_largest_micro_batch_that_can_come(method, make):
     seen.clear()
     made.train()
     assert max(seen) <= rehearsed
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_rehearsal_shares_no_rows_that_different_prompts_would_not(method, make, scripted):
+    """Prompts of 30 tokens, responses of 16: four records fill a budget of 200."""
+    prompts = [{"prompt": c * 30} for c in "abcdefgh"]
+    engine = scripted({p["prompt"]: ["abc", "abcdefg", "x!", "to be or not"] for p in prompts})
+    made = make(method, rows=prompts, engine=engine, micro_batch_tokens=200, per_device_train_batch_size=8)
+    length = made.sizes()["length"]
+    assert made.tokens(made.largest()) == 200 // length * length
+
+
+def test_a_rehearsal_carries_what_a_step_holds_besides(make):
+    """Two moments in float32; and gradients, as PPO takes two micro-batches a step."""
+    made = make("ppo", memory_check=True)
+    trained = sum(p.nbytes for p in made.parameters)
+    assert _ballast(made).nbytes == 2 * trained + trained
+    made.train()
+    # the moments are there now, but of the critic's own head over words, which nothing trains
+    assert trained <= _ballast(made).nbytes < 1.2 * trained
+
+
+def test_a_rehearsal_of_ppo_trains_the_policy_though_warm_up_comes_first(make, monkeypatch):
+    made = make("ppo", memory_check=True, critic_warmup_steps=20)
+    asked = []
+    monkeypatch.setattr(made.policy, "logprobs", lambda *a, f=made.policy.logprobs, **k: asked.append(1) or f(*a, **k))
+    made._check_memory()
+    assert asked
+    assert made.step == 0
 
 
 class OutOfMemory:
