@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -36,6 +38,7 @@ class Head:
         }
         self.recompute = case.pick(False, True)
         self.row_gradients: torch.Tensor | None = None  # d loss / d raw logits in float64, once known
+        self.rounded, self.magnified = 1.0, 0.0  # the largest logit; 1 / sum of the weights of a weighted mean
         self.labels = torch.randint(self.vocab_size, self.shape, generator=case.generator)
         self.labels[case.flips(*self.shape, share=1.0 if "all ignored" in case.edges else 0.3)] = self.ignored
         self.keep = self.labels != self.ignored
@@ -103,8 +106,10 @@ class Head:
         numbers its roundings may happen to cancel. Float32 adapters are multiplied in 16 bits all the same.
         """
         dtype = self.tensors["hidden"].dtype
+        # of a weighted mean L the gradient is (l_t - L) / sum(w): losses that cancel, magnified where the sum is small
+        losses = {"weights": 4 * (2 * self.rounded + math.log(self.vocab_size)) * self.magnified}
         if self.row_gradients is None or dtype == torch.float32:
-            return {}
+            return losses
         # a row that is NaN is compared as such
         rows = self.row_gradients.abs().nan_to_num(nan=0.0).view(-1, self.vocab_size)
         products = {"bias": rows.sum(0)}
@@ -114,7 +119,7 @@ class Head:
                 ulps = torch.finfo(dtype).eps / torch.finfo(self.tensors[name].dtype).eps
                 products[name] = ulps * rows @ self.tensors[matrix].double().abs()
                 products[matrix] = 2 * ulps * rows.T @ x.reshape(len(rows), x.shape[-1])
-        return {name: x.max().item() if x.numel() else 0.0 for name, x in products.items()}
+        return losses | {name: x.max().item() if x.numel() else 0.0 for name, x in products.items()}
 
     def fused(self, function, hidden, weight, bias=None, x=None, b=None, **options):
         if x is not None:
@@ -132,8 +137,8 @@ class Head:
             z = z + self.tensors["x"].double().nan_to_num() @ self.tensors["b"].double().T
         largest = max(1.0, z.abs().max().item() if z.numel() else 0.0) * self.options["logit_scale"]
         zero = "zero upstream" in self.case.edges and "NaN row" not in self.case.edges
-        rounded = max(1.0, largest / self.options["temperature"])
-        tolerance = {"plain_in_16_bits": True, "rounded": rounded, "rounded_products": self.rounded_products}
+        self.rounded = max(1.0, largest / self.options["temperature"])
+        tolerance = {"plain_in_16_bits": True, "rounded": self.rounded, "rounded_products": self.rounded_products}
         return self.case.problem(call, formula, inputs, trained, zero_upstream=zero, **tolerance)
 
 
@@ -170,6 +175,8 @@ def cross_entropy_problems(draw, device):
         weights[~head.keep] = NAN
         inputs["weights"] = weights
         trained += ["weights"] if weighted == "trained" else []
+        if reduction == "mean" and head.keep.any():
+            head.magnified = 1.0 / weights[head.keep].sum().item()
 
     def call(weights=None, **tensors):
         return (head.fused(linear_cross_entropy, **tensors, weights=weights, reduction=reduction),)
