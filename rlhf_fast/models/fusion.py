@@ -39,6 +39,11 @@ class Fusion(NamedTuple):
     fused: dict[str, int]  # kind -> modules
     plain: dict[tuple[str, str], int]  # kind, reason -> modules
 
+    def covers(self, *kinds: str) -> bool:
+        """Whether there are modules of all these ``KINDS``, and every one of them is fused."""
+        titles = {KINDS[kind].title for kind in kinds}
+        return titles <= self.fused.keys() and not titles & {title for title, _ in self.plain}
+
     @property
     def summary(self) -> str:
         """What is fused, in a line."""

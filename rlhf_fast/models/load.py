@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.errors import UserError
@@ -215,13 +215,15 @@ def _unquantized_bytes(model: PreTrainedModel) -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights on their device, the scales of quantized ones included."""
-    total = sum(b.nbytes for b in model.buffers())
-    for parameter in model.parameters():
-        total += parameter.nbytes
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:  # the scales of scales
-            total += state.absmax.nbytes
-            state = getattr(state, "state2", None)
+    return sum(held_bytes(x) for x in (*model.parameters(), *model.buffers()))
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Bytes of one weight, with its scales if it is quantized."""
+    total, state = tensor.nbytes, getattr(tensor, "quant_state", None)
+    while state is not None:  # the scales of scales
+        total += state.absmax.nbytes
+        state = getattr(state, "state2", None)
     return total
 
 

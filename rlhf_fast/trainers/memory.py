@@ -18,6 +18,7 @@ from torch import nn
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
 from rlhf_fast.models.adapters import is_4bit
+from rlhf_fast.models.load import held_bytes
 from rlhf_fast.run import memory
 from rlhf_fast.run.checkpoint import rng_state, set_rng_state
 from rlhf_fast.run.memory import GB, OPTIMIZER_BYTES, Job, Part, Plan
@@ -41,7 +42,7 @@ def job_of(trainer: Trainer) -> Job:
         base="fp32" if wide else "nf4" if is_4bit(policy.model) else "bf16",
         lora_r=policy.adapters.config(policy.role).r if policy.adapters.names else a.lora_r,
         kernels="fused" if _fused(policy) else "peft",
-        optimizer=getattr(a, "optim", "adamw"),
+        optimizer=a.optim,
         checkpointing=a.gradient_checkpointing is not False,
         offload=bool(a.offload_activations),
         device=trainer.accelerator.device.type,
@@ -53,10 +54,9 @@ def _fused(policy: Policy) -> bool:
     """Whether all that can be runs fused in training: a LoRA layer or MLP that does not keeps what PEFT keeps."""
     training = policy.training
     policy.train()  # dropout is PEFT's
-    fused, plain = policy.fusion
+    whole = policy.fusion.covers("lora", "mlp") if policy.adapters.names else policy.fusion.covers("norm")
     policy.train(training)
-    kinds = {"LoRA layers", "MLPs"} if policy.adapters.names else {"norms"}
-    return kinds <= set(fused) and not kinds & {kind for kind, _ in plain}
+    return whole
 
 
 def weights_of(models: Iterable[nn.Module], optimizer: str) -> list[Part]:
@@ -65,23 +65,16 @@ def weights_of(models: Iterable[nn.Module], optimizer: str) -> list[Part]:
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):
             tensors[tensor.untyped_storage().data_ptr(), tensor.storage_offset()] = tensor
-    frozen = sum(t.nbytes + _constants(t) for t in tensors.values() if not t.requires_grad)
+    frozen = sum(held_bytes(t) for t in tensors.values() if not t.requires_grad)
     trained = [t for t in tensors.values() if t.requires_grad]
     count = sum(t.numel() for t in trained)
     parts = [
         Part("frozen weights", frozen, "always"),
         Part("trained weights", sum(t.nbytes for t in trained), "always"),
         Part("gradients", sum(t.nbytes for t in trained), "gradients"),
-        Part(f"{optimizer} state", OPTIMIZER_BYTES.get(optimizer, OPTIMIZER_BYTES["adamw"]) * count, "always"),
+        Part(f"{optimizer} state", OPTIMIZER_BYTES[optimizer] * count, "always"),
     ]
     return [p for p in parts if p.bytes]
-
-
-def _constants(tensor: torch.Tensor) -> int:
-    """Bytes of the quantisation constants that a 4-bit weight carries along."""
-    states = [getattr(tensor, "quant_state", None)]
-    states += [getattr(states[0], "state2", None)]
-    return sum(x.nbytes for state in states if state for x in vars(state).values() if isinstance(x, torch.Tensor))
 
 
 def device_bytes(device: torch.device) -> int | None:
@@ -172,9 +165,8 @@ def _try(trainer: Trainer) -> Trial:
 def _ballast(trainer: Trainer) -> torch.Tensor:
     """As much memory as the optimizer's state and the gradients of a step will take that are not there yet."""
     there = sum(x.nbytes for s in trainer.optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
-    job = job_of(trainer)
-    coming = sum(p.bytes for p in weights_of([trainer.policy], job.optimizer) if p.name.endswith("state"))
-    gradients = 0 if job.one_micro_batch else sum(p.nbytes for p in trainer.parameters)
+    coming = OPTIMIZER_BYTES[trainer.args.optim] * sum(p.numel() for p in trainer.parameters)
+    gradients = 0 if job_of(trainer).one_micro_batch else sum(p.nbytes for p in trainer.parameters)
     size = max(0, int(coming) - there) + gradients
     return torch.empty(size, dtype=torch.uint8, device=trainer.accelerator.device)
 

@@ -67,6 +67,11 @@ class RLTrainer(Trainer):
         self.say(report)
         return prompts
 
+    @property
+    def rollout_batch_size(self) -> int | None:
+        """Most sequences sampled at once by the memory plan, which may be fewer than asked; None without a plan."""
+        return None if self.memory_plan is None else self.memory_plan.job.rollout_batch_size
+
     def examples(self, record: Experience) -> list[Example]:
         return [record.example]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -101,9 +102,6 @@ class Trainer:
         self.train_records = self.prepare_data(_records(train_dataset, "train_dataset"))
         self._preparing = "eval"
         self.eval_records = None if eval_dataset is None else self.prepare_data(_records(eval_dataset, "eval_dataset"))
-        self.rollout_batch_size: int | None = (
-            None  # most sequences sampled at once, where the plan allows fewer than asked
-        )
         self.memory_plan = self._settle_memory()
         self._build_optimizer()
         self.step = 0
@@ -224,10 +222,9 @@ class Trainer:
 
     def sizes(self) -> dict[str, Any]:
         """The run's sizes for the memory plan: tokens of the longest sequence, of the largest record, micro-batch, window."""
-        a, records = self.args, self._candidates()
-        tokens = sorted((self.tokens([r]) for r in records), reverse=True)
+        a, tokens = self.args, sorted(self._record_tokens * self._epochs_per_window, reverse=True)
         return {
-            "length": max(len(e) for r in records for e in self.examples(r)),
+            "length": max(len(e) for r in self.train_records for e in self.examples(r)),
             "record_tokens": tokens[0],
             "micro_batch_tokens": self.micro_batch_tokens or sum(tokens[: a.per_device_train_batch_size]),
             "window_tokens": sum(tokens[: a.per_device_train_batch_size * a.gradient_accumulation_steps]),
@@ -240,18 +237,23 @@ class Trainer:
 
     def largest(self) -> list[Any]:
         """The records of the largest micro-batch that can come, ready for ``losses``."""
-        records = self._candidates()
-        sizes = [self.tokens([r]) for r in records]
+        sizes = self._record_tokens * self._epochs_per_window
         if self.micro_batch_tokens is None:
-            order = sorted(range(len(records)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
+            order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
         else:
             order = fullest(sizes, min(self.micro_batch_tokens, self.sizes()["window_tokens"]))
-        return self.collect([records[i] for i in order])
+        return self.collect([self.train_records[i % len(self.train_records)] for i in order])
 
-    def _candidates(self) -> list[Any]:
-        """What a window may hold: the records, several times where a window is longer than an epoch."""
+    @functools.cached_property
+    def _record_tokens(self) -> list[int]:
+        """Of each training record by itself; counted once, as there may be millions."""
+        return [self.tokens([record]) for record in self.train_records]
+
+    @property
+    def _epochs_per_window(self) -> int:
+        """How often a record may come in one window: more than once where that is longer than an epoch."""
         window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return list(self.train_records) * -(-window // len(self.train_records))
+        return -(-window // len(self.train_records))
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
@@ -391,7 +393,7 @@ class Trainer:
         budget = self.micro_batch_tokens
         if budget is None:
             size = self.micro_batch_size
-            return [list(range(len(records)))[start : start + size] for start in range(0, len(records), size)]
+            return [list(range(start, min(start + size, len(records)))) for start in range(0, len(records), size)]
         parts: list[list[int]] = []
         for bundle in self.bundles(records):
             parts.append([])
@@ -517,7 +519,6 @@ class Trainer:
             else:
                 checkpointing, offload = made.job.checkpointing, made.job.offload
                 self.micro_batch_tokens = made.job.tokens
-                self.rollout_batch_size = made.job.rollout_batch_size if made.job.samples else None
                 self.say("\n".join([made.line(), *(f"it does not fit; try {change}" for change in made.changes)]))
         if checkpointing:
             self.policy.checkpoint_activations(offload=offload)
