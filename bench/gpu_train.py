@@ -6,11 +6,12 @@ In the order of what they are worth, as time may run out: QLoRA and LoRA SFT aga
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bench.report import read_text
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite
@@ -111,7 +112,7 @@ TARGETS = (
 
 def targets(out: Path, verdicts: dict[str, str], dry: bool) -> str:
     """Each target as measured over target."""
-    found = [row for path in out.glob("train-*.csv") for row in csv.DictReader(path.open(newline=""))]
+    found = [row for path in out.glob("train-*.csv") for row in read_text(path)]
     lines = ["# GPU targets of training steps", ""]
     lines += ["Dry run on a CPU at reduced size: no number below means anything.", ""] if dry else []
     lines += ["| what | measured | target | |", "|---|---|---|---|"]

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import host
 from rlhf_fast.kernels import BACKENDS, available, dispatch, use_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -479,18 +479,12 @@ def resident_peak(run: Callable[[], Any]) -> float:
         # what malloc kept from earlier calls would be taken from again, unseen
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        host.forget_peak()
+        before = host.memory()["VmRSS"]
         run()
-        return max(0.0, (_status("VmHWM") - before) / 1e3)
+        return max(0.0, (host.memory()["VmHWM"] - before) / 1e6)
     except OSError:
         return math.nan
-
-
-def _status(name: str) -> float:
-    """A line of /proc/self/status, in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith(name)).split()[1]) * 1.024
 
 
 def _launches(case: Case, entrant: Entrant, inputs: dict[str, Any]) -> int:

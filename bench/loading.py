@@ -19,7 +19,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from bench import host
+from bench.shards import write_shards
 
 WAYS = {  # name -> dtype, 4 bit
     "bf16": ("bfloat16", False),
@@ -57,7 +61,6 @@ def main() -> None:
 def write_checkpoint(folder: Path, size: float, shard_size: float, hidden: int = 2048) -> tuple[int, int]:
     """A Qwen2 of about ``size`` bytes with random bf16 weights, and a tokenizer. Returns its bytes and number of files."""
     import torch
-    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
@@ -80,21 +83,16 @@ def write_checkpoint(folder: Path, size: float, shard_size: float, hidden: int =
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    total = files = 0
-    for i, (name, shape) in enumerate(shapes.items(), start=1):
-        shard[name] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
-        total += shard[name].nbytes
-        if sum(t.nbytes for t in shard.values()) >= shard_size or i == len(shapes):
-            files += 1
-            file = f"model-{files:05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            index.update(dict.fromkeys(shard, file))
-            shard = {}
-    about = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(about))
-    return total, files
+
+    def shards() -> Iterator[dict[str, torch.Tensor]]:
+        shard: dict[str, torch.Tensor] = {}
+        for i, (name, shape) in enumerate(shapes.items(), start=1):
+            shard[name] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+            if sum(t.nbytes for t in shard.values()) >= shard_size or i == len(shapes):
+                yield shard
+                shard = {}
+
+    return write_shards(shards(), folder)
 
 
 def measure(way: str, folder: str, device: str) -> dict[str, float]:
@@ -109,13 +107,13 @@ def measure(way: str, folder: str, device: str) -> dict[str, float]:
         import bitsandbytes  # noqa: F401  (a library's own memory is not loading's)
     if device != "cpu":
         torch.zeros(1, device=device)
-    before = _memory()["RssAnon"]
+    before = host.memory()["RssAnon"]
     peaks = {"RssAnon": 0.0, "RssFile": 0.0}
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            now = _memory()
+            now = host.memory()
             peaks.update({name: max(peak, now[name]) for name, peak in peaks.items()})
 
     watcher = threading.Thread(target=watch)
@@ -125,21 +123,15 @@ def measure(way: str, folder: str, device: str) -> dict[str, float]:
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    after = _memory()
+    after = host.memory()
     return {
         "seconds": seconds,
         "weights": weight_bytes(policy.model) / 1e6,
-        "allocated": max(peaks["RssAnon"], after["RssAnon"]) - before,
-        "extra": max(0.0, peaks["RssAnon"] - after["RssAnon"]),
-        "mapped": peaks["RssFile"],
-        "high_water": after["VmHWM"],
+        "allocated": (max(peaks["RssAnon"], after["RssAnon"]) - before) / 1e6,
+        "extra": max(0.0, peaks["RssAnon"] - after["RssAnon"]) / 1e6,
+        "mapped": peaks["RssFile"] / 1e6,
+        "high_water": after["VmHWM"] / 1e6,
     }
-
-
-def _memory() -> dict[str, float]:
-    """Megabytes, by the kernel's names."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {w[0][:-1]: int(w[1]) * 1024 / 1e6 for w in lines if w[0] in ("VmHWM:", "RssAnon:", "RssFile:")}
 
 
 if __name__ == "__main__":

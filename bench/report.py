@@ -68,34 +68,48 @@ def path_of(out: Path, device: str, family: str) -> Path:
 
 def merge(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put the rows of one case into its file, in place of what an earlier run found."""
-    key = case_of(rows[0])
-    kept = [row for row in read(path) if case_of(row) != key]
+    put_rows(path, rows, KEY, (*COLUMNS, *CONDITIONS))
+
+
+def put_rows(
+    path: Path, rows: list[dict[str, Any]], key: tuple[str, ...], columns: tuple[str, ...]
+) -> list[dict[str, str]]:
+    """Put rows into a CSV file in place of those with the same ``key``, sorted by it. Returns all of them as written."""
+    fresh = [{name: written(row.get(name)) for name in columns} for row in rows]
+    replaced = {case_of(row, key) for row in fresh}
+    kept = [row for row in read_text(path) if case_of(row, key) not in replaced]
+    merged = sorted(kept + fresh, key=lambda row: case_of(row, key))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    with fresh.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *CONDITIONS], restval="", lineterminator="\n")
+    new = path.with_suffix(".new")
+    with new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: written(x) for name, x in row.items()} for row in sorted(kept + rows, key=case_of))
-    os.replace(fresh, path)
+        writer.writerows(merged)
+    os.replace(new, path)
+    return merged
 
 
-def case_of(row: dict[str, Any]) -> tuple:
-    return tuple(row[name] for name in KEY)
+def case_of(row: dict[str, Any], key: tuple[str, ...] = KEY) -> tuple:
+    return tuple(row[name] for name in key)
 
 
-def written(x: Any) -> Any:
+def written(x: Any) -> str:
     if isinstance(x, float):
         return "" if math.isnan(x) else f"{x:.5g}"
-    return "" if x is None else x
+    return "" if x is None else str(x)
+
+
+def read_text(path: Path) -> list[dict[str, str]]:
+    """The rows of a file as they stand there; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, numbers as numbers; NaN where there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row | {n: float(row[n]) if row[n] else math.nan for n in NUMBERS} for row in rows]
+    return [row | {n: float(row[n]) if row[n] else math.nan for n in NUMBERS} for row in read_text(path)]
 
 
 # ---- tables

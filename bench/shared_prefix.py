@@ -11,7 +11,6 @@ on the very batch that is timed. The two take turns, each round starting with th
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from bench.report import machine, version
+from bench.report import machine, put_rows, version
 from rlhf_fast import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from rlhf_fast.data.batch import Example, Experience, Preference, packed_length
 from rlhf_fast.models.adapters import lora_config
@@ -73,9 +72,7 @@ def main() -> None:
         rows = measure(name, CASES[name], args.rounds)
         shared = rows[-1]
         print(f"{name}: {shared['ratio']:.2f} times as fast, {shared['token_ratio']:.2f} by the formula")
-        known = list(csv.DictReader(path.open())) if path.exists() else []
-        write(path, [r for r in known if r["case"] != name] + rows)
-        path.with_suffix(".md").write_text(markdown(list(csv.DictReader(path.open()))))
+        path.with_suffix(".md").write_text(markdown(write(path, rows)))
 
 
 def build(case: Case, folder: str) -> tuple[Any, list[Any]]:
@@ -165,12 +162,10 @@ def gradients(trainer: Any, records: list[Any], sharing: bool) -> list[torch.Ten
     return found
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+def write(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Put the rows of a case into the file; returns all that it holds."""
+    rounded = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    return put_rows(path, rounded, ("case", "sharing"), COLUMNS)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -16,10 +16,8 @@ Results go to ``train-<device>.csv`` in --out, a row per run, and a table to ``t
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from bench import host
+from bench.shards import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("sft", "dpo", "ppo", "grpo")
@@ -211,38 +212,32 @@ def random_model(name: str, folder: Path) -> Path:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     path.mkdir(parents=True, exist_ok=True)
-    _write_shards(model, path, dtype)
+    write_shards(_layers(model, dtype), path)
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
-def _write_shards(model: Any, path: Path, dtype: Any) -> None:
-    """Normal weights of spread 0.02 and norms of 1, written a layer at a time, so that memory holds one layer."""
+def _layers(model: Any, dtype: Any) -> Iterator[dict[str, Any]]:
+    """Normal weights of spread 0.02 and norms of 1, a layer at a time, so that memory holds one layer."""
     import torch
-    from safetensors.torch import save_file
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    groups: dict[str, list[str]] = {}
-    parameters = dict(model.named_parameters())
-    for name in parameters:
+    groups: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
         parts = name.split(".layers.")
-        groups.setdefault(parts[1].split(".")[0] if len(parts) == 2 else name, []).append(name)
-    index, total = {}, 0
-    for number, names in enumerate(groups.values(), start=1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            shape = parameters[name].shape
-            x = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator, device=device) * 0.02
-            tensors[name] = x.to(dtype).cpu()
-            total += tensors[name].nbytes
-            index[name] = file
-        save_file(tensors, path / file, metadata={"format": "pt"})
-    about = {"metadata": {"total_size": total}, "weight_map": index}
-    (path / "model.safetensors.index.json").write_text(json.dumps(about))
+        groups.setdefault(parts[1].split(".")[0] if len(parts) == 2 else name, {})[name] = parameter.shape
+    for shapes in groups.values():
+        yield {
+            name: (
+                torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator, device=device) * 0.02
+            )
+            .to(dtype)
+            .cpu()
+            for name, shape in shapes.items()
+        }
 
 
 # ---- the race
@@ -379,7 +374,7 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
+        host.forget_peak()
 
 
 def peak_gb() -> float:
@@ -388,8 +383,7 @@ def peak_gb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 2**20
+    return host.memory()["VmHWM"] / 2**30
 
 
 def digits(count: int, seed: int) -> str:
@@ -608,7 +602,7 @@ def line(row: dict[str, Any]) -> str:
 
 def write(out: Path, device: str, rows: list[dict[str, Any]]) -> None:
     """Merge the rows into the CSV file of the device, and render its table."""
-    from bench.report import machine, version
+    from bench.report import machine, put_rows, version
 
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "flash-attn")
     about = {
@@ -617,26 +611,9 @@ def write(out: Path, device: str, rows: list[dict[str, Any]]) -> None:
         "versions": " ".join(f"{name}={version(name)}" for name in packages),
     }
     path = out / f"train-{device}.csv"
-    key = ("side", "method", "model", "bits", "cap_gb", "settings")
-    fresh = [{k: _cell(row.get(k)) for k in COLUMNS} | about for row in rows]
-    old = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-    done = {tuple(r[k] for k in key) for r in fresh}
-    merged = sorted(
-        [r for r in old if tuple(r[k] for k in key) not in done] + fresh,
-        key=lambda r: [r[k] for k in key[1:]] + [r["side"]],
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged)
-    os.replace(temporary, path)
+    key = ("method", "model", "bits", "cap_gb", "settings", "side")
+    merged = put_rows(path, [row | about for row in rows], key, COLUMNS)
     path.with_suffix(".md").write_text(markdown(merged))
-
-
-def _cell(x: Any) -> str:
-    return "" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
