@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -57,6 +57,28 @@ def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     """
     groups = pack_bins([min(n, max_tokens) for n in sizes], max_tokens)
     return sorted(groups, key=lambda group: -sum(sizes[i] for i in group))
+
+
+def micro_batches_of_bundles(
+    bundles: Sequence[Sequence[int]], tokens: Callable[[list[int]], int], max_tokens: int
+) -> list[list[int]]:
+    """:func:`micro_batches` of items that are cheaper together: a bundle is kept whole unless it is too large itself.
+
+    Args:
+        bundles: indices of items, each exactly once.
+        tokens: of items that share a micro-batch; fewer than the sum of each by itself where they share a prompt.
+    Returns:
+        The items of each micro-batch, the largest first.
+    """
+    parts: list[list[int]] = []
+    for bundle in bundles:
+        parts.append([])
+        for i in bundle:
+            if parts[-1] and tokens([*parts[-1], i]) > max_tokens:
+                parts.append([])
+            parts[-1].append(i)
+    groups = micro_batches([tokens(part) for part in parts], max_tokens)
+    return [[i for part in group for i in parts[part]] for group in groups]
 
 
 def fullest(sizes: Sequence[int], max_tokens: int, candidates: int = 512) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -101,7 +102,50 @@ def plan_of(trainer: Trainer, available: int | None = None, settle: bool = False
     return memory.choose(job, available, weights, free=[name for name, value in given.items() if value is None])
 
 
+def settle(trainer: Trainer) -> Plan | None:
+    """Switch checkpointing and offload on as the config says; on a GPU the plan answers what it leaves open."""
+    a, made = trainer.args, None
+    checkpointing, offload = a.gradient_checkpointing is not False, bool(a.offload_activations)
+    if (available := device_bytes(trainer.accelerator.device)) is not None:
+        try:
+            made = plan_of(trainer, available, settle=True)
+        except UserError as error:  # a config that is no known decoder's
+            trainer.say(f"no memory plan: {error}")
+        else:
+            checkpointing, offload = made.job.checkpointing, made.job.offload
+            trainer.micro_batch_tokens = made.job.tokens
+            trainer.say("\n".join([made.line(), *(f"it does not fit; try {change}" for change in made.changes)]))
+    if checkpointing:
+        trainer.policy.checkpoint_activations(offload=offload)
+    return made
+
+
+def figures(made: Plan | None) -> dict[str, float]:
+    """Peak and plan for a log line; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    measured = {"memory/peak_gb": torch.cuda.max_memory_allocated() / GB}
+    return measured | ({} if made is None else {"memory/planned_gb": made.tensors / GB})
+
+
+def compare(made: Plan, peak: int) -> str:
+    """The plan beside what the device measured, in one line."""
+    off = made.tensors / max(peak, 1) - 1
+    return f"memory: planned {made.tensors / GB:.1f} GB, peak {peak / GB:.1f} GB ({off:+.0%})"
+
+
 # -------------------------------------------------------------------------------------------------------------- rehearsal
+
+
+def check(trainer: Trainer) -> None:
+    """Try the largest micro-batch, if the config or a GPU asks for it; from here on the peak is that of training."""
+    cuda = trainer.accelerator.device.type == "cuda"
+    if trainer.args.memory_check if trainer.args.memory_check is not None else cuda:
+        began = time.perf_counter()
+        tokens = rehearse(trainer)
+        trainer.say(f"memory: the largest micro-batch, {tokens:,} tokens, fits ({time.perf_counter() - began:.1f} s)")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
 
 
 @dataclass
@@ -189,9 +233,3 @@ def _remedy(trainer: Trainer, job: Job) -> str:
         return "set offload_activations: true"
     limit = "max_completion_length" if job.samples else "max_length"
     return f"halve {limit} (now {getattr(trainer.args, limit, job.length)}), or train an adapter on a 4-bit base"
-
-
-def compare(made: Plan, peak: int) -> str:
-    """The plan beside what the device measured, in one line."""
-    off = made.tensors / max(peak, 1) - 1
-    return f"memory: planned {made.tensors / GB:.1f} GB, peak {peak / GB:.1f} GB ({off:+.0%})"

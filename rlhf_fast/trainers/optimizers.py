@@ -11,20 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import bitsandbytes
 
 
-def build_optimizer(name: str, groups: list[dict[str, Any]], rate: float) -> Optimizer:
-    """The optimizer ``name`` of the table over parameter groups that name their ``weight_decay``.
+def build_optimizer(name: str, parameters: list[nn.Parameter], rate: float, weight_decay: float) -> Optimizer:
+    """The optimizer ``name`` of the table. Norms, biases and scalar heads do not decay, as in transformers.
 
     Raises:
         UserError: it needs a library or a device that is not there.
     """
-    device = groups[0]["params"][0].device
-    return OPTIMIZERS[name](groups, rate, device)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return OPTIMIZERS[name]([g for g in groups if g["params"]], rate, parameters[0].device)
 
 
 def _adamw(groups: list[dict[str, Any]], rate: float, device: torch.device) -> Optimizer:

@@ -10,6 +10,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import is_4bit
 from rlhf_fast.models.fingerprint import fingerprint
+from rlhf_fast.trainers.resume import restore, state_of
 
 pytest.importorskip("bitsandbytes")
 
@@ -65,13 +66,13 @@ def test_a_checkpoint_is_not_continued_on_another_base(in_4bit, base, settings, 
     first.train()
     other = sft(base, lambda **more: settings(**{**more, "load_in_4bit": not in_4bit}))
     with pytest.raises(UserError, match="belongs to another base than .*it was held .*; see load_in_4bit"):
-        other.load_state(first.state())
+        restore(other, state_of(first))
     changed = make_model()
     changed.model.norm.weight.data[0] = 3.0
     changed.save_pretrained(base)
     again = sft(base, lambda **more: settings(**{**more, "load_in_4bit": in_4bit}))
     with pytest.raises(UserError, match="belongs to another base than .*its weights are others"):
-        again.load_state(first.state())
+        restore(again, state_of(first))
 
 
 def test_training_lowers_the_loss_on_a_4bit_base(base, settings, run):

@@ -23,7 +23,7 @@ from rlhf_fast import (
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import rng_state
 from rlhf_fast.run.memory import GB, Job, Part, Plan, find_shape
-from rlhf_fast.trainers.memory import _ballast, compare, plan_of, weights_of
+from rlhf_fast.trainers.memory import _ballast, check, compare, plan_of, weights_of
 
 ROWS = [{"prompt": f"{i}. ", "completion": w} for i, w in enumerate(["a", "to be", "seventeen", "q", "1,000,000"])]
 PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"][:1] + "?"} for r in ROWS]
@@ -163,9 +163,7 @@ def test_the_plan_answers_what_the_config_leaves_open_and_nothing_else(make, mak
     for checkpointing, offload in ((False, False), (True, False), (True, True)):
         monkeypatch.undo()
         needed = plan_of(build(gradient_checkpointing=checkpointing, offload_activations=offload)).tensors
-        monkeypatch.setattr(
-            "rlhf_fast.trainers.trainer.device_bytes", lambda device, needed=needed: int(needed * 1.001)
-        )
+        monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda device, needed=needed: int(needed * 1.001))
         capsys.readouterr()
         made = build()
         assert (made.memory_plan.job.checkpointing, made.memory_plan.job.offload) == (checkpointing, offload)
@@ -180,7 +178,7 @@ def test_the_plan_answers_what_the_config_leaves_open_and_nothing_else(make, mak
 
 
 def test_a_plan_that_does_not_fit_says_so_and_fewer_sequences_are_sampled(make, monkeypatch, capsys):
-    monkeypatch.setattr("rlhf_fast.trainers.trainer.device_bytes", lambda device: 1000)
+    monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda device: 1000)
     made = make("grpo", use_peft=True, quiet=False, rollout_batch_size=100)
     assert "it does not fit; try " in capsys.readouterr().out
     assert made.rollout_batch_size == 8
@@ -189,7 +187,7 @@ def test_a_plan_that_does_not_fit_says_so_and_fewer_sequences_are_sampled(make, 
 
 
 def test_a_model_without_a_plan_trains_as_the_config_says(make, monkeypatch, capsys):
-    monkeypatch.setattr("rlhf_fast.trainers.trainer.device_bytes", lambda device: 10**9)
+    monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda device: 10**9)
 
     def refuse(*_, **__):
         raise UserError("config.json has no hidden_size")
@@ -220,8 +218,8 @@ def everything(trainer):
 def test_a_rehearsal_leaves_no_trace(method, lora, budget, make, run):
     """The same run, bit for bit, with and without."""
     runs = []
-    for check in (False, True):
-        made = make(method, use_peft=lora, memory_check=check, micro_batch_tokens=budget, max_steps=2)
+    for tried in (False, True):
+        made = make(method, use_peft=lora, memory_check=tried, micro_batch_tokens=budget, max_steps=2)
         runs.append(run(made))
     assert runs[0].steps == runs[1].steps
     assert all(torch.equal(a, b) for a, b in zip(runs[0].weights.values(), runs[1].weights.values()))
@@ -231,10 +229,10 @@ def test_a_rehearsal_restores_random_state_and_what_losses_note_down(make):
     dropping = make("sft", use_peft=True, lora_dropout=0.5, memory_check=True)
     dropping.policy.train()
     before = torch.get_rng_state()
-    dropping._check_memory()
+    check(dropping)
     assert torch.equal(torch.get_rng_state(), before)
     moving = make("ppo", memory_check=True)
-    moving._check_memory()
+    check(moving)
     assert moving._moved == 0.0
 
 
@@ -249,7 +247,7 @@ def forwards(trainer):
 def test_a_rehearsal_runs_the_largest_micro_batch_that_can_come(method, make):
     made = make(method, memory_check=True, micro_batch_tokens=60, max_steps=2, gradient_accumulation_steps=2)
     seen = forwards(made)
-    made._check_memory()
+    check(made)
     rehearsed = max(seen)
     sizes = made.sizes()
     assert sizes["record_tokens"] <= rehearsed <= 60
@@ -282,7 +280,7 @@ def test_a_rehearsal_of_ppo_trains_the_policy_though_warm_up_comes_first(make, m
     made = make("ppo", memory_check=True, critic_warmup_steps=20)
     asked = []
     monkeypatch.setattr(made.policy, "logprobs", lambda *a, f=made.policy.logprobs, **k: asked.append(1) or f(*a, **k))
-    made._check_memory()
+    check(made)
     assert asked
     assert made.step == 0
 
@@ -303,7 +301,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_until_it_does(make, capsys, r
     made = make("sft", memory_check=True, micro_batch_tokens=64, quiet=False)
     OutOfMemory(made, 20)
     before = everything(made)
-    made._check_memory()
+    check(made)
     assert made.micro_batch_tokens <= 20
     said = capsys.readouterr().out
     assert "does not fit (in the forward pass); going on with micro_batch_tokens" in said

@@ -40,7 +40,7 @@ def test_steps_are_those_of_adamw(name, tolerance, decay):
     parameter = torch.nn.Parameter(torch.randn(64, 128))
     gradients = [torch.randn(64, 128) + 1 for _ in range(3)]
     want = adam(parameter.detach(), gradients, 1e-2, decay)
-    optimizer = build_optimizer(name, [{"params": [parameter], "weight_decay": decay}], 1e-2)
+    optimizer = build_optimizer(name, [parameter], 1e-2, decay)
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -95,7 +95,7 @@ def test_on_a_gpu_steps_are_those_of_adamw_too(name):
     parameter = torch.nn.Parameter(torch.randn(512, 512, device="cuda"))
     gradient = torch.randn_like(parameter) + 1
     want = adam(parameter.detach(), [gradient], 1e-2, 0.1)
-    optimizer = build_optimizer(name, [{"params": [parameter], "weight_decay": 0.1}], 1e-2)
+    optimizer = build_optimizer(name, [parameter], 1e-2, 0.1)
     parameter.grad = gradient
     optimizer.step()
     assert (parameter.double() - want).abs().median() < 2e-3

@@ -112,7 +112,8 @@ def test_two_processes_make_the_steps_of_one(name, results):
         figures = {k: v for k, v in alone.items() if k in kept}
         assert {k: shared[k] for k in figures} == pytest.approx(figures, abs=1e-5, rel=1e-5)
     assert any(s["loss"] != one["steps"][0]["loss"] for s in one["steps"] if "loss" in s)
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
+    # norms: a bias that began at 0 is a few steps of 1e-3 long, and its rounding is that of the steps
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5, abs=1e-6)
 
 
 def test_all_ranks_end_with_the_same_weights(results):

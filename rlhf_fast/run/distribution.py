@@ -1,0 +1,42 @@
+"""The processes of a run: which rows are this one's, and the few numbers that all of them agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of a run; alone, nothing here communicates."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def __len__(self) -> int:
+        return self.accelerator.num_processes
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Where this rank's contiguous part of ``count`` rows begins and ends."""
+        rank = self.accelerator.process_index
+        return round(count * rank / len(self)), round(count * (rank + 1) / len(self))
+
+    def share(self, rows: Sequence[T]) -> Sequence[T]:
+        """This rank's part of ``rows``."""
+        return rows[slice(*self.bounds(len(rows)))]
+
+    def sum(self, *numbers: float) -> tuple[float, ...]:
+        """Each of ``numbers`` summed over all ranks. Collective."""
+        if len(self) == 1:
+            return numbers
+        # float32: some devices and backends reduce no wider numbers
+        total = torch.tensor(numbers, dtype=torch.float32, device=self.accelerator.device)
+        return tuple(self.accelerator.reduce(total, "sum").tolist())
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank. Collective."""
+        return self.sum(float(flag))[0] > 0

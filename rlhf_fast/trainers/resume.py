@@ -1,0 +1,120 @@
+"""Checkpoints of a training run: all that going on bit for bit needs, and what must agree before going on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.fingerprint import difference, fingerprint
+from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def save(trainer: Trainer, out: Path) -> None:
+    """Write a checkpoint of this step below ``out``. Collective."""
+    state = state_of(trainer)
+    if trainer.accelerator.is_main_process:
+        save_checkpoint(out / "checkpoints", trainer.step, state, keep=trainer.args.save_total_limit)
+    trainer.accelerator.wait_for_everyone()
+
+
+def resume(trainer: Trainer, out: Path, which: str | bool) -> int:
+    """Go on from the latest good checkpoint below ``out`` (``which`` is True) or from the one at a path; returns its step."""
+    path = find_checkpoint(out / "checkpoints", which)
+    restore(trainer, load_checkpoint(path, verify=False))
+    logger.info("resumed from %s at step %d", path, trainer.step)
+    return trainer.step
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """Everything that continuing bit for bit needs. Collective: every rank must call it."""
+    sampled = trainer.plan and trainer.record_class
+    local = {
+        "rng": rng_state(),
+        "plan": trainer.plan,
+        "metrics": trainer.metrics.state(),
+        "records": [dataclasses.asdict(r) for r in trainer.records] if sampled else None,
+    }
+    return {
+        "step": trainer.step,
+        "weights": _trained(trainer),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict(),
+        "sampler": trainer.sampler.state(),
+        "rows_drawn": trainer.rows_drawn,
+        "skipped": trainer.skipped,
+        "micro_batch_tokens": trainer.micro_batch_tokens,
+        "ranks": gather_object([local]),
+        "extra": trainer.extra_state(),
+        # frozen, and not in here
+        "base": fingerprint(trainer.policy.model) if trainer.policy.adapters.names else None,
+    }
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Put what :func:`state_of` gave in place.
+
+    Raises:
+        UserError: the checkpoint holds other parameters, belongs to another base, or comes from other data, another
+            seed or another number of processes.
+    """
+    mine = _trained(trainer)
+    _check_fit(trainer, state, mine)
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(state["weights"][name])
+    trainer.step = state["step"]
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
+    try:
+        trainer.sampler.load_state(state["sampler"])
+    except ValueError as error:
+        raise UserError(f"{error}; resume with the data and the seed that the run began with") from error
+    trainer.rows_drawn, trainer.skipped = state["rows_drawn"], state["skipped"]
+    # what a plan or a rehearsal had settled on: sums in other parts would round differently
+    trainer.micro_batch_tokens = state["micro_batch_tokens"]
+    local = state["ranks"][trainer.accelerator.process_index]
+    trainer.plan = local["plan"]
+    trainer.metrics.load_state(local["metrics"])
+    if local["records"] is not None:
+        trainer.records = [trainer.restore_record(r) for r in local["records"]]
+    trainer.load_extra_state(state["extra"])
+    set_rng_state(local["rng"])
+
+
+def _trained(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p for n, p in trainer.policy.named_parameters() if p.requires_grad}
+
+
+def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless ``state`` belongs to a run like this one: parameters, processes, frozen base."""
+    here, there = ({n: tuple(w.shape) for n, w in weights.items()} for weights in (mine, state["weights"]))
+    if odd := {n for n in here.keys() | there.keys() if here.get(n) != there.get(n)}:
+        name = min(odd)
+        raise UserError(
+            f"the checkpoint does not fit this model and its LoRA settings: {name} is {there.get(name, 'missing')} there "
+            f"and {here.get(name, 'missing')} here"
+        )
+    if len(state["ranks"]) != trainer.accelerator.num_processes:
+        raise UserError(
+            f"the checkpoint was written by {len(state['ranks'])} processes, this run has "
+            f"{trainer.accelerator.num_processes}; start as many"
+        )
+    if (saved := state.get("base")) is None:
+        return
+    base = fingerprint(trainer.policy.model)
+    how = difference(saved, base)
+    if how is None and saved["format"] != base["format"]:
+        how = f"it was held {saved['format']} there and {base['format']} here; see load_in_4bit"
+    if how:
+        raise UserError(f"the checkpoint belongs to another base than {trainer.policy.model.name_or_path}: {how}")
