@@ -66,7 +66,8 @@ def micro_batches_of_bundles(
 
     Args:
         bundles: indices of items, each exactly once.
-        tokens: of items that share a micro-batch; fewer than the sum of each by itself where they share a prompt.
+        tokens: of items that share a micro-batch; fewer than the sum of each by itself where they share a prompt. Any other
+            measure of a list of items will do.
     Returns:
         The items of each micro-batch, the largest first.
     """

@@ -91,12 +91,6 @@ class GRPOTrainer(RLTrainer):
     def rows_per_window(self) -> int:
         return super().rows_per_window // self.args.num_generations
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Whole groups where they fit, so that each has its prompt in one place."""
-        size = super().micro_batch_size
-        return size - size % self.args.num_generations if size > self.args.num_generations else size
-
     def bundles(self, records: list[Experience]) -> list[list[int]]:
         """Siblings, so that their prompt is computed once."""
         if not self.args.shared_prefix:

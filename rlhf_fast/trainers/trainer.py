@@ -168,11 +168,6 @@ class Trainer:
         return 1
 
     @property
-    def micro_batch_size(self) -> int:
-        """Records that one forward pass takes at most."""
-        return self.args.per_device_train_batch_size
-
-    @property
     def rows_per_window(self) -> int:
         """Rows of the data set behind one window of one rank."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -400,16 +395,14 @@ class Trainer:
     def split(self, records: list[Any]) -> list[list[int]]:
         """Which records meet the model together, as indices, the most tokens first; a function of ``records`` alone.
 
-        With ``micro_batch_tokens`` bundles are packed up to so many tokens, and one that is larger is cut into parts that
-        are not; a record larger than that is alone. Else ``per_device_train_batch_size`` records make a part.
+        Bundles are packed up to ``micro_batch_tokens`` tokens, or up to ``per_device_train_batch_size`` records where there
+        is no such limit; one that is larger is cut into parts that are not, and a record larger than that is alone.
         """
+        bundles = self.bundles(records)
         if self.micro_batch_tokens is None:
-            rows, size = range(len(records)), self.micro_batch_size
-            return [list(rows[start : start + size]) for start in range(0, len(records), size)]
+            return micro_batches_of_bundles(bundles, len, self.args.per_device_train_batch_size)
         return micro_batches_of_bundles(
-            self.bundles(records),
-            lambda part: self.tokens([records[i] for i in part]),
-            self.micro_batch_tokens,
+            bundles, lambda part: self.tokens([records[i] for i in part]), self.micro_batch_tokens
         )
 
     def micro_batches(self, records: list[Any]) -> list[list[Any]]:
