@@ -36,7 +36,7 @@ BUDGET = 530.0  # seconds in all
 SANITIZER = 60.0  # of them, kept for the last step
 PATIENCE = 4  # times as long for everything in a dry run: interpreted, and on a few slow cores
 LEAST = 12.0  # a benchmark that gets less is not started
-FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward")
+FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward", "norm", "lora")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Sizes:
     gae: tuple[str, str]
     policy: str
     pairs: str
+    norm: str  # N x D
+    layer: str  # N x I x O
+    mlp: str  # N x D x F
     seconds: float  # of samples per case
     backward: str  # pass that stands for the backward pass alone
     graph: str  # ending of a pass that is replayed
@@ -61,11 +64,15 @@ FULL = Sizes(
     ("512x4096", "4096x128"),
     "2048x1024",
     "4096",
+    "16384x4096",
+    "8192x4096x4096",
+    "8192x4096x14336",
     1.5,
     "backward",
     ", CUDA graph",
 )
-DRY = Sizes("cpu", "6x8x128", "5x83", ("3x7", "3x7"), "3x7", "5", 0.01, "forward+backward", "")
+LAYERS = ("5x16", "5x16x24", "5x16x24")
+DRY = Sizes("cpu", "6x8x128", "5x83", ("3x7", "3x7"), "3x7", "5", *LAYERS, 0.01, "forward+backward", "")
 BOTH, FORWARD, TRAINED = "forward+backward", "forward", "forward+backward, trained head"
 
 
@@ -161,7 +168,7 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if args.dry_run:
         os.environ |= {"TRITON_INTERPRET": "1", "RLHF_FAST_DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (out / "gpu-suite.log").open("w") as log:
+    with (out / "gpu-suite.log").open("a") as log:  # after what an earlier call left there
         suite = Suite(out, log, PATIENCE * BUDGET if args.dry_run else BUDGET)
         if args.part == "ops":
             run_ops(suite, DRY if args.dry_run else FULL)
@@ -263,21 +270,27 @@ class Selection:
 
     def arguments(self, dry: bool) -> list[str]:
         expression = self.dry if dry else self.chosen
-        return [*(f"tests/kernels/{file}" for file in self.files), *(["-k", expression] if expression else [])]
+        return [*(f"tests/{file}" for file in self.files), *(["-k", expression] if expression else [])]
 
 
 SELECTIONS = {
-    "tests that need a GPU": Selection(("test_gpu.py",), chosen="", dry=""),
-    **{f"tests of {family}": Selection((f"test_{family}.py",), (family,)) for family in FAMILIES},
+    "tests that need a GPU": Selection(("kernels/test_gpu.py",), chosen="", dry=""),
+    "tests of layers on a GPU": Selection(
+        ("models/test_gpu.py", "models/test_attention.py", "trainers/test_optimizers.py"),
+        ("norm", "lora"),
+        chosen="cuda or on_a_gpu or paged",
+        dry="cpu and not checkpointing",
+    ),
+    **{f"tests of {family}": Selection((f"kernels/test_{family}.py",), (family,)) for family in FAMILIES},
     "tests of the losses in Triton": Selection(
-        ("test_triton_losses.py", "test_launches.py"),
+        ("kernels/test_triton_losses.py", "kernels/test_launches.py"),
         ("logprobs", "advantages", "policy", "kl", "preference", "reward"),
         chosen="",
         dry="hopeless or no_pairs or makes_no_zeros",
         workers=4,
     ),
     "tests of drawn cases": Selection(
-        ("properties",),
+        ("kernels/properties",),
         chosen="triton or cuda",
         dry="dpo_loss and triton",
         workers=4,
@@ -334,6 +347,9 @@ def bench_steps(out: Path, sizes: Sizes, tests: dict[str, str]) -> list[Step]:
         ("policy", ["policy_loss", "value_loss"], [sizes.policy], [], 25, 50),
         ("preference", ["dpo_loss"], [sizes.pairs], [], 20, 30),
         ("linear_logprobs", ["linear_cross_entropy"], [sizes.head], dtype, 30, 60),
+        ("norm", ["rms_norm"], [sizes.norm], dtype, 20, 40),
+        ("lora", ["lora_linear"], [sizes.layer], dtype, 20, 40),
+        ("lora", ["lora_mlp"], [sizes.mlp], dtype, 25, 50),
     ]
     return [
         Step(

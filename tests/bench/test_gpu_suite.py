@@ -15,7 +15,8 @@ from bench.harness import BOTH
 
 # tests on the GPU's backends that each step must at least have, the device's own apart
 AT_LEAST = {
-    "tests that need a GPU": 150,
+    "tests that need a GPU": 180,
+    "tests of layers on a GPU": 18,
     "tests of logprobs": 80,
     "tests of linear_logprobs": 300,
     "tests of advantages": 40,
@@ -23,6 +24,8 @@ AT_LEAST = {
     "tests of kl": 35,
     "tests of preference": 90,
     "tests of reward": 12,
+    "tests of norm": 20,
+    "tests of lora": 6,
     "tests of the losses in Triton": 190,
     "tests of drawn cases": 40,
 }
@@ -48,18 +51,18 @@ def test_every_step_selects_tests_that_use_the_backends_of_a_gpu():
     found = Counter()
     for expression in {s.chosen for s in gpu_suite.SELECTIONS.values()}:
         selections = {name: s for name, s in gpu_suite.SELECTIONS.items() if s.chosen == expression}
-        files = [f"tests/kernels/{file}" for s in selections.values() for file in s.files]
+        files = [f"tests/{file}" for s in selections.values() for file in s.files]
         for test in collected(*files, *(["-k", expression] if expression else [])):
             for name, selection in selections.items():
-                if any(test.startswith(f"tests/kernels/{file}") for file in selection.files):
-                    found[name] += bool(re.search(r"triton|cuda", test))
+                if any(test.startswith(f"tests/{file}") for file in selection.files):
+                    found[name] += bool(re.search(r"triton|cuda|gpu", test))
     short = {name: found[name] for name, least in AT_LEAST.items() if found[name] < least}
     assert not short, dict(found)
 
 
 def test_compute_sanitizer_gets_every_operation_on_both_backends():
     tests = collected(*gpu_suite.SANITIZED)
-    assert len(tests) >= 2 * 15
+    assert len(tests) >= 2 * 18
     assert all("float32" in test for test in tests)
 
 
