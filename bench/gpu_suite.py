@@ -2,7 +2,7 @@
 
     python -m bench.gpu_suite --part ops --out DIR
     python -m bench.gpu_suite --part ops --dry-run      # the same steps at tiny sizes on a CPU, Triton interpreted
-    python -m bench.gpu_suite --part train --out DIR    # whole training steps, see bench/gpu_train.py
+    python -m bench.gpu_suite --part train --out DIR --models MODELS    # training steps, see bench/gpu_train.py
 
 Every step has a deadline. A step that fails or runs out of time is reported and the rest goes on: operations are timed
 even if their tests fail, as every contender is compared with float64 first, and the rows say so. The first round of
@@ -157,10 +157,17 @@ def wait(process: subprocess.Popen, deadline: float) -> str:
 
 
 def main() -> int:
+    from bench.gpu_train import chosen, run_train
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("ops", "train"), default="ops", help="operations, or whole training steps")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, Triton interpreted")
     parser.add_argument("--out", type=Path, help="default: bench/results; a temporary folder for a dry run")
+    parser.add_argument(
+        "--stages", type=chosen, default="", help="of train, by comma; default: all, see bench/gpu_train.py"
+    )
+    parser.add_argument("--models", type=Path, help="of train: keep its model folder (16 GB) there for the next call")
+    parser.add_argument("--again", action="store_true", help="of train: also what earlier calls into --out completed")
     args = parser.parse_args()
     out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-suite-")) if args.dry_run else RESULTS)
     out = out.resolve()  # steps run in the project's folder
@@ -173,9 +180,7 @@ def main() -> int:
         if args.part == "ops":
             run_ops(suite, DRY if args.dry_run else FULL)
         else:
-            from bench.gpu_train import run_train
-
-            run_train(suite, args.dry_run)
+            run_train(suite, args.dry_run, args.stages, args.models, args.again)
         ran = "dry run" if args.dry_run else "run"
         suite.say(f"{ran} of {time.monotonic() - suite.began:.0f} s; results in {out}")
     return any(verdict != "ok" and not verdict.startswith("left out") for verdict in suite.verdicts.values())
@@ -185,7 +190,10 @@ def run_ops(suite: Suite, sizes: Sizes) -> None:
     dry = sizes.device == "cpu"
     suite.run(machine_step())
     suite.run(build_step(dry))
-    suite.run(*test_steps(dry))
+    # all at once: they share the GPU well, and nothing is timed; on a few slow cores one after the other
+    steps = [test_step(name, dry) for name in SELECTIONS]
+    for together in ([step] for step in steps) if dry else [steps]:
+        suite.run(*together)
     tests = {family: tests_of(family, suite.verdicts) for family in FAMILIES}
     for step in bench_steps(suite.out, sizes, tests):
         if suite.left - SANITIZER < LEAST:
@@ -273,9 +281,10 @@ class Selection:
         return [*(f"tests/{file}" for file in self.files), *(["-k", expression] if expression else [])]
 
 
+LAYER_TESTS = "tests of layers on a GPU"
 SELECTIONS = {
     "tests that need a GPU": Selection(("kernels/test_gpu.py",), chosen="", dry=""),
-    "tests of layers on a GPU": Selection(
+    LAYER_TESTS: Selection(
         ("models/test_gpu.py", "models/test_attention.py", "trainers/test_optimizers.py"),
         ("norm", "lora"),
         chosen="cuda or on_a_gpu or paged",
@@ -299,24 +308,13 @@ SELECTIONS = {
 }
 
 
-def test_steps(dry: bool) -> list[Step]:
-    """All at once: they share the GPU well, and nothing is timed. A dry run takes a few quick tests of each file."""
-    pytest = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider")
-    parallel = importlib.util.find_spec("xdist") is not None and not dry
-    return [
-        Step(
-            name,
-            [
-                *pytest,
-                *selection.arguments(dry),
-                *(["-n", str(selection.workers)] if parallel and selection.workers else []),
-            ],
-            150 * (PATIENCE if dry else 1),
-            dict(selection.environment),
-            tail=8,
-        )
-        for name, selection in SELECTIONS.items()
-    ]
+def test_step(name: str, dry: bool) -> Step:
+    """The tests of one selection; a dry run takes a few quick ones of each file."""
+    selection = SELECTIONS[name]
+    command = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *selection.arguments(dry))
+    if selection.workers and importlib.util.find_spec("xdist") is not None and not dry:
+        command += ["-n", str(selection.workers)]
+    return Step(name, command, 150 * (PATIENCE if dry else 1), dict(selection.environment), tail=8)
 
 
 def tests_of(family: str, verdicts: dict[str, str]) -> str:
