@@ -10,6 +10,8 @@ import threading
 import time
 from collections import Counter
 
+import pytest
+
 from bench import gpu_suite
 from bench.harness import BOTH
 
@@ -124,3 +126,19 @@ def test_a_step_past_its_deadline_is_stopped_with_its_children_and_the_next_runs
         suite.run(gpu_suite.Step("good", gpu_suite.python("-c", "pass"), 20))
     assert list(suite.verdicts.values()) == ["stopped after 1 s", "failed with 3", "ok"]
     assert "why" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["ops", "train"])
+def test_a_dry_run_ends_with_every_step_well(part, tmp_path):
+    """The very steps of a GPU, tiny: build, tests, both rounds of benchmarks; only a peer may be missing."""
+    command = gpu_suite.python("-m", "bench.gpu_suite", "--part", part, "--dry-run", "--out", str(tmp_path))
+    done = subprocess.run(command, check=False, cwd=gpu_suite.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    name = {"ops": "gpu-targets.md", "train": "gpu-train.md"}[part]
+    targets, steps = (tmp_path / name).read_text().split("| step | |")
+    verdicts = [line.rsplit("| ", 1)[1].rstrip(" |") for line in steps.splitlines()[2:] if line]
+    assert len(verdicts) > 8 and set(verdicts) <= {"ok", "left out: no compute-sanitizer"}
+    allowed = "is not installed|needs a CUDA device|no row|ok$|no (launches|percent_copy)|failed: TRL"
+    unmeasured = [line for line in targets.splitlines() if "not measured" in line]
+    assert not [line for line in unmeasured if not re.search(allowed, line.rstrip("| "))]
