@@ -283,7 +283,7 @@ class Selection:
 
 LAYER_TESTS = "tests of layers on a GPU"
 SELECTIONS = {
-    "tests that need a GPU": Selection(("kernels/test_gpu.py",), chosen="", dry=""),
+    "tests that need a GPU": Selection(("kernels/test_gpu.py",), chosen="", dry="triton and float32"),
     LAYER_TESTS: Selection(
         ("models/test_gpu.py", "models/test_attention.py", "trainers/test_optimizers.py"),
         ("norm", "lora"),
