@@ -81,6 +81,10 @@ def test_ours_is_timed_for_every_target_before_any_peer(tmp_path):
     who = [step.command[step.command.index("--contenders") + 1] for step in steps]
     assert who == sorted(who, reverse=True) and set(who) == {"ours", "all"}
     assert {step.command[step.command.index("--tests") + 1] for step in steps} == {"failed"}
+    timed = {word for step in steps for word in step.command}
+    assert {"rms_norm", "lora_linear", "lora_mlp"} <= timed
+    aimed_at = {op for op in timed if any(op in target.name for target in gpu_suite.TARGETS)}
+    assert aimed_at <= {word for step, side in zip(steps, who) if side == "ours" for word in step.command}
 
 
 def test_what_a_step_prints_is_in_the_log_while_it_runs(tmp_path):
