@@ -2,7 +2,7 @@
 
     python -m bench.gpu_suite --part ops --out DIR
     python -m bench.gpu_suite --part ops --dry-run      # the same steps at tiny sizes on a CPU, Triton interpreted
-    python -m bench.gpu_suite --part train --out DIR    # whole training steps, see bench/gpu_train.py
+    python -m bench.gpu_suite --part train --out DIR --models MODELS    # training steps, see bench/gpu_train.py
 
 Every step has a deadline. A step that fails or runs out of time is reported and the rest goes on: operations are timed
 even if their tests fail, as every contender is compared with float64 first, and the rows say so. The first round of
@@ -36,7 +36,7 @@ BUDGET = 530.0  # seconds in all
 SANITIZER = 60.0  # of them, kept for the last step
 PATIENCE = 4  # times as long for everything in a dry run: interpreted, and on a few slow cores
 LEAST = 12.0  # a benchmark that gets less is not started
-FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward")
+FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward", "norm", "lora")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Sizes:
     gae: tuple[str, str]
     policy: str
     pairs: str
+    norm: str  # N x D
+    layer: str  # N x I x O
+    mlp: str  # N x D x F
     seconds: float  # of samples per case
     backward: str  # pass that stands for the backward pass alone
     graph: str  # ending of a pass that is replayed
@@ -61,11 +64,15 @@ FULL = Sizes(
     ("512x4096", "4096x128"),
     "2048x1024",
     "4096",
+    "16384x4096",
+    "8192x4096x4096",
+    "8192x4096x14336",
     1.5,
     "backward",
     ", CUDA graph",
 )
-DRY = Sizes("cpu", "6x8x128", "5x83", ("3x7", "3x7"), "3x7", "5", 0.01, "forward+backward", "")
+LAYERS = ("5x16", "5x16x24", "5x16x24")
+DRY = Sizes("cpu", "6x8x128", "5x83", ("3x7", "3x7"), "3x7", "5", *LAYERS, 0.01, "forward+backward", "")
 BOTH, FORWARD, TRAINED = "forward+backward", "forward", "forward+backward, trained head"
 
 
@@ -150,10 +157,17 @@ def wait(process: subprocess.Popen, deadline: float) -> str:
 
 
 def main() -> int:
+    from bench.gpu_train import chosen, run_train
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("ops", "train"), default="ops", help="operations, or whole training steps")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, Triton interpreted")
     parser.add_argument("--out", type=Path, help="default: bench/results; a temporary folder for a dry run")
+    parser.add_argument(
+        "--stages", type=chosen, default="", help="of train, by comma; default: all, see bench/gpu_train.py"
+    )
+    parser.add_argument("--models", type=Path, help="of train: keep its model folder (16 GB) there for the next call")
+    parser.add_argument("--again", action="store_true", help="of train: also what earlier calls into --out completed")
     args = parser.parse_args()
     out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-suite-")) if args.dry_run else RESULTS)
     out = out.resolve()  # steps run in the project's folder
@@ -161,14 +175,12 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if args.dry_run:
         os.environ |= {"TRITON_INTERPRET": "1", "RLHF_FAST_DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (out / "gpu-suite.log").open("w") as log:
+    with (out / "gpu-suite.log").open("a") as log:  # after what an earlier call left there
         suite = Suite(out, log, PATIENCE * BUDGET if args.dry_run else BUDGET)
         if args.part == "ops":
             run_ops(suite, DRY if args.dry_run else FULL)
         else:
-            from bench.gpu_train import run_train
-
-            run_train(suite, args.dry_run)
+            run_train(suite, args.dry_run, args.stages, args.models, args.again)
         ran = "dry run" if args.dry_run else "run"
         suite.say(f"{ran} of {time.monotonic() - suite.began:.0f} s; results in {out}")
     return any(verdict != "ok" and not verdict.startswith("left out") for verdict in suite.verdicts.values())
@@ -178,7 +190,10 @@ def run_ops(suite: Suite, sizes: Sizes) -> None:
     dry = sizes.device == "cpu"
     suite.run(machine_step())
     suite.run(build_step(dry))
-    suite.run(*test_steps(dry))
+    # all at once: they share the GPU well, and nothing is timed; on a few slow cores one after the other
+    steps = [test_step(name, dry) for name in SELECTIONS]
+    for together in ([step] for step in steps) if dry else [steps]:
+        suite.run(*together)
     tests = {family: tests_of(family, suite.verdicts) for family in FAMILIES}
     for step in bench_steps(suite.out, sizes, tests):
         if suite.left - SANITIZER < LEAST:
@@ -263,21 +278,28 @@ class Selection:
 
     def arguments(self, dry: bool) -> list[str]:
         expression = self.dry if dry else self.chosen
-        return [*(f"tests/kernels/{file}" for file in self.files), *(["-k", expression] if expression else [])]
+        return [*(f"tests/{file}" for file in self.files), *(["-k", expression] if expression else [])]
 
 
+LAYER_TESTS = "tests of layers on a GPU"
 SELECTIONS = {
-    "tests that need a GPU": Selection(("test_gpu.py",), chosen="", dry=""),
-    **{f"tests of {family}": Selection((f"test_{family}.py",), (family,)) for family in FAMILIES},
+    "tests that need a GPU": Selection(("kernels/test_gpu.py",), chosen="", dry="triton and float32"),
+    LAYER_TESTS: Selection(
+        ("models/test_gpu.py", "models/test_attention.py", "trainers/test_optimizers.py"),
+        ("norm", "lora"),
+        chosen="cuda or on_a_gpu or paged",
+        dry="cpu and not checkpointing",
+    ),
+    **{f"tests of {family}": Selection((f"kernels/test_{family}.py",), (family,)) for family in FAMILIES},
     "tests of the losses in Triton": Selection(
-        ("test_triton_losses.py", "test_launches.py"),
+        ("kernels/test_triton_losses.py", "kernels/test_launches.py"),
         ("logprobs", "advantages", "policy", "kl", "preference", "reward"),
         chosen="",
         dry="hopeless or no_pairs or makes_no_zeros",
         workers=4,
     ),
     "tests of drawn cases": Selection(
-        ("properties",),
+        ("kernels/properties",),
         chosen="triton or cuda",
         dry="dpo_loss and triton",
         workers=4,
@@ -286,24 +308,13 @@ SELECTIONS = {
 }
 
 
-def test_steps(dry: bool) -> list[Step]:
-    """All at once: they share the GPU well, and nothing is timed. A dry run takes a few quick tests of each file."""
-    pytest = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider")
-    parallel = importlib.util.find_spec("xdist") is not None and not dry
-    return [
-        Step(
-            name,
-            [
-                *pytest,
-                *selection.arguments(dry),
-                *(["-n", str(selection.workers)] if parallel and selection.workers else []),
-            ],
-            150 * (PATIENCE if dry else 1),
-            dict(selection.environment),
-            tail=8,
-        )
-        for name, selection in SELECTIONS.items()
-    ]
+def test_step(name: str, dry: bool) -> Step:
+    """The tests of one selection; a dry run takes a few quick ones of each file."""
+    selection = SELECTIONS[name]
+    command = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *selection.arguments(dry))
+    if selection.workers and importlib.util.find_spec("xdist") is not None and not dry:
+        command += ["-n", str(selection.workers)]
+    return Step(name, command, 150 * (PATIENCE if dry else 1), dict(selection.environment), tail=8)
 
 
 def tests_of(family: str, verdicts: dict[str, str]) -> str:
@@ -326,7 +337,7 @@ def bench_steps(out: Path, sizes: Sizes, tests: dict[str, str]) -> list[Step]:
     common = ["--device", sizes.device, "--no-render", "--csv", str(csv_of(out, sizes.device))]
     common += ["--tiny", "--threads", "1"] if dry else []
     dtype = [] if dry else ["--dtype", "bf16"]
-    # family, operations, shapes, dtypes, seconds for ours, seconds for all
+    # family, operations, shapes, dtypes, seconds for ours (0: no target is waiting for it), seconds for all
     groups = [
         ("linear_logprobs", ["linear_logprobs"], [sizes.head], dtype, 40, 90),
         ("logprobs", ["token_logprobs"], [sizes.logits], dtype, 30, 80),
@@ -334,6 +345,9 @@ def bench_steps(out: Path, sizes: Sizes, tests: dict[str, str]) -> list[Step]:
         ("policy", ["policy_loss", "value_loss"], [sizes.policy], [], 25, 50),
         ("preference", ["dpo_loss"], [sizes.pairs], [], 20, 30),
         ("linear_logprobs", ["linear_cross_entropy"], [sizes.head], dtype, 30, 60),
+        ("norm", ["rms_norm"], [sizes.norm], dtype, 0, 40),
+        ("lora", ["lora_linear"], [sizes.layer], dtype, 0, 40),
+        ("lora", ["lora_mlp"], [sizes.mlp], dtype, 0, 50),
     ]
     return [
         Step(
@@ -345,6 +359,7 @@ def bench_steps(out: Path, sizes: Sizes, tests: dict[str, str]) -> list[Step]:
         )
         for who, seconds in (("ours", sizes.seconds / 3), ("all", sizes.seconds))
         for family, ops, shapes, types, *limits in groups
+        if limits[who == "all"]
     ]
 
 

@@ -1,4 +1,4 @@
-"""What Linux says of this process's memory."""
+"""What Linux says of memory, this process's and the machine's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def memory() -> dict[str, int]:
     """
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
+
+
+def free() -> int:
+    """Bytes that the machine can still give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def forget_peak() -> None:

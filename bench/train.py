@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
+import itertools
 import json
 import statistics
 import subprocess
@@ -123,6 +125,8 @@ class Job:
     options: dict[str, Any] | None = None  # further settings of our trainer
 
 
+NO_PPO = "TRL has no PPO"
+KEY = ("method", "model", "bits", "cap_gb", "settings", "side")  # a row replaces the earlier one of the same key
 COLUMNS = (
     *("side", "method", "model", "bits", "cap_gb", "status", "tokens_per_second", "q1", "q3", "steps", "peak_gb"),
     *(
@@ -138,6 +142,7 @@ COLUMNS = (
     ),
     *("longest_row", "work", "settings", "machine", "date", "versions"),
 )
+MEASURED = COLUMNS[COLUMNS.index("tokens_per_second") : COLUMNS.index("longest_row") + 1]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,16 +154,24 @@ def main(argv: list[str] | None = None) -> int:
     from rlhf_fast.models import load  # noqa: F401  fails here rather than in every process
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bits = args.bits or ([4, 16] if device == "cuda" else [32])
     models = args.folders or Path(tempfile.mkdtemp(prefix="bench-train-"))
-    ways = [(width, cap) for width in bits for cap in args.cap_gb or [None]]
-    for name in args.model or (["llama-3.1-8b"] if device == "cuda" else ["cpu"]):
-        folder = random_model(name, models)
-        for width, cap in ways:
-            for method in [LONGEST] if args.max_context else args.methods:
-                for rows in race(args, method, name, folder, width, cap, device):
-                    write(args.out, device, rows)  # at once: a run that is cut keeps what it has
+    for jobs in races(args, device, models):
+        random_model(jobs[0].model, models)
+        for rows in race(jobs, args.limit, finished(args.out, device) if args.resume else {}):
+            write(args.out, device, rows)  # at once: a run that is cut keeps what it has
     return 0
+
+
+def races(args: argparse.Namespace, device: str, models: Path) -> Iterator[list[Job]]:
+    """What was asked for: our run of a method and, unless nobody competes, TRL's."""
+    bits = args.bits or ([4, 16] if device == "cuda" else [32])
+    names = args.model or (["llama-3.1-8b"] if device == "cuda" else ["cpu"])
+    methods = [LONGEST] if args.max_context else args.methods
+    for name, width, cap, method in itertools.product(names, bits, args.cap_gb or [None], methods):
+        work = WORK["cpu" if device == "cpu" else "gpu"]["sft" if method == LONGEST else method]
+        ours = Job("ours", method, name, width, str(models / name), work, args.steps, cap, options(args.set))
+        peers = [replace(ours, side="TRL", options=None)] if args.peers == "trl" and method != LONGEST else []
+        yield [ours, *peers]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -174,6 +187,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-context", action="store_true", help="instead: the longest SFT row that fits, ours")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of our trainers")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a run may take")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep rows of this machine that --out holds; run the rest"
+    )
     parser.add_argument(
         "--folders", type=Path, help="where model folders are made and found again; default: a temporary one"
     )
@@ -213,9 +229,9 @@ def random_model(name: str, folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     path.mkdir(parents=True, exist_ok=True)
     write_shards(_layers(model, dtype), path)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(path)  # last: a folder that has it is whole
     return path
 
 
@@ -244,18 +260,37 @@ def _layers(model: Any, dtype: Any) -> Iterator[dict[str, Any]]:
 
 
 def race(
-    args: argparse.Namespace, method: str, name: str, folder: Path, bits: int, cap: float | None, device: str
+    jobs: list[Job], limit: float, earlier: dict[tuple[str, ...], dict[str, Any]]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Both sides of a method, one after the other: the rows so far, after each."""
-    work = WORK["cpu" if device == "cpu" else "gpu"]["sft" if method == LONGEST else method]
-    ours = Job("ours", method, name, bits, str(folder), work, args.steps, cap, options(args.set))
-    pair = [run(ours, args.limit)]
-    yield pair
-    if args.peers == "trl" and method != LONGEST:
-        pair.append(run(replace(ours, side="TRL", options=None), args.limit))
-        yield judged(pair, bits)
+    """Both sides of a method, one after the other: the rows so far, after each. What ``earlier`` holds is not run."""
+    pair: list[dict[str, Any]] = []
+    for job in jobs:
+        pair.append(earlier.get(case(about(job))) or run(job, limit))
+        yield judged(pair, job.bits)
     for row in pair:
         print(line(row), flush=True)
+
+
+def case(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a row is about, as written."""
+    from bench.report import written
+
+    return tuple(written(row.get(name)) for name in (*KEY, "work"))
+
+
+def finished(out: Path, device: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows that earlier calls completed on this kind of machine, numbers as numbers."""
+    from bench.report import machine, read_text
+
+    rows = [r for r in read_text(out / f"train-{device}.csv") if r["machine"] == machine(device) and complete(r)]
+    return {case(r): r | {name: json.loads(r[name]) if r[name] else None for name in MEASURED} for r in rows}
+
+
+def complete(row: dict[str, str]) -> bool:
+    """Whether running it again would add nothing; a run that was stopped on its way has no loss to compare."""
+    return row["status"] == NO_PPO or (
+        row["status"] == "ok" and bool(row["first_loss"] or row["method"] not in ("sft", "dpo"))
+    )
 
 
 def judged(pair: list[dict[str, Any]], bits: int) -> list[dict[str, Any]]:
@@ -263,6 +298,8 @@ def judged(pair: list[dict[str, Any]], bits: int) -> list[dict[str, Any]]:
     ours, peer = pair[0], pair[-1]
     if len(pair) == 2 and ours["status"] == peer["status"] == "ok":
         if ours["method"] in ("sft", "dpo"):
+            if None in (ours.get("first_loss"), peer.get("first_loss")):
+                return pair  # one was stopped on the way: a speed of its own, but nothing that compares them
             difference = abs(ours["first_loss"] - peer["first_loss"]) / abs(peer["first_loss"])
             if difference > LOSS_TOLERANCE[bits]:
                 for row in pair:
@@ -275,10 +312,11 @@ def judged(pair: list[dict[str, Any]], bits: int) -> list[dict[str, Any]]:
 
 def run(job: Job, limit: float) -> dict[str, Any]:
     """A job in a process of its own; its row, or why there is none."""
-    about = {k: v for k, v in asdict(job).items() if k in COLUMNS} | {"settings": json.dumps(job.options or {})}
-    about["work"] = f"{job.work.batch} x ({job.work.prompt} + {job.work.response})"
+    row = about(job)
     if job.side == "TRL" and job.method == "ppo":
-        return about | {"status": "TRL has no PPO"}
+        return row | {"status": NO_PPO}
+    if job.side == "TRL" and importlib.util.find_spec("trl") is None:
+        return row | {"status": "trl is not installed"}
     command = [sys.executable, "-m", "bench.train", "--job", json.dumps(asdict(job))]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
@@ -286,12 +324,18 @@ def run(job: Job, limit: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired as late:
         said = late.stdout.decode(errors="replace") if late.stdout else ""
         if "RESULT " not in said:
-            return about | {"status": f"stopped after {limit:.0f} s"}
+            return row | {"status": f"stopped after {limit:.0f} s"}
     found = [x for x in said.splitlines() if x.startswith("RESULT ")]
     if not found:
         errors = [x for x in done.stderr.strip().splitlines() if x.strip()]
-        return about | {"status": f"failed: {errors[-1][:200] if errors else done.returncode}"}
-    return about | {"status": "ok"} | json.loads(found[-1].removeprefix("RESULT "))
+        return row | {"status": f"failed: {errors[-1][:200] if errors else done.returncode}"}
+    return row | {"status": "ok"} | json.loads(found[-1].removeprefix("RESULT "))
+
+
+def about(job: Job) -> dict[str, Any]:
+    """The columns that say what a job is."""
+    row = {k: v for k, v in asdict(job).items() if k in COLUMNS} | {"settings": json.dumps(job.options or {})}
+    return row | {"work": f"{job.work.batch} x ({job.work.prompt} + {job.work.response})"}
 
 
 def options(pairs: list[str]) -> dict[str, Any]:
@@ -336,7 +380,8 @@ def report(figures: dict[str, Any]) -> None:
 class Clock:
     """When each optimizer step ended, and how high memory rose while they ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.ends: list[float] = []
         self.load_peak = peak_gb()
         reset_peak()
@@ -347,12 +392,14 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        if len(self.ends) > UNCOUNTED:
+            report(self.figures())  # in case the next step takes too long
 
-    def figures(self, job: Job) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         import torch
 
         seconds = [b - a for a, b in zip(self.ends, self.ends[1:])][UNCOUNTED - 1 :]
-        tokens = job.work.tokens(job.method)
+        tokens = self.job.work.tokens(self.job.method)
         rates = sorted(tokens / s for s in seconds) or [0.0]
         quarters = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
         reserved = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
@@ -444,6 +491,7 @@ def common_settings(job: Job) -> dict[str, Any]:
 def longest_row(job: Job, scratch: Path) -> dict[str, Any]:
     """The longest document of which a forward and a backward pass fit, to an eighth; the model is loaded once."""
     import torch
+    from transformers import AutoConfig
 
     from rlhf_fast import SFTConfig, SFTTrainer
 
@@ -473,8 +521,9 @@ def longest_row(job: Job, scratch: Path) -> dict[str, Any]:
         return True
 
     # a CPU has no limit to run into
-    ceiling = 1 << 20 if torch.cuda.is_available() else 1024
-    longest, step = 0, ceiling // 512 if torch.cuda.is_available() else 256
+    cuda = torch.cuda.is_available()
+    ceiling, step = (longest_kept(AutoConfig.from_pretrained(job.folder)), 2048) if cuda else (1024, 256)
+    longest = 0
     while longest + step <= ceiling and fits(longest + step):
         longest += step
         step = longest
@@ -482,6 +531,15 @@ def longest_row(job: Job, scratch: Path) -> dict[str, Any]:
         step //= 2
         longest += step if longest + step <= ceiling and fits(longest + step) else 0
     return {"longest_row": longest, "peak_gb": peak_gb()}
+
+
+def longest_kept(config: Any) -> int:
+    """Tokens whose checkpointed inputs fit into three quarters of the host's free memory, a power of two up to 2^20.
+
+    CUDA's pinned memory comes in powers of two, a buffer a layer; a process that runs out of it is killed.
+    """
+    kept = 3 * host.free() // 4 // (config.num_hidden_layers * config.hidden_size * 2)
+    return min(1 << 20, 1 << max(11, kept.bit_length() - 1))
 
 
 def ours(job: Job, scratch: Path) -> dict[str, Any]:
@@ -514,7 +572,7 @@ def ours(job: Job, scratch: Path) -> dict[str, Any]:
     trainer = getattr(rlhf_fast, f"{names[job.method]}Trainer")(
         job.folder, args=config, train_dataset=rows_of(job), **arguments
     )
-    clock, after_step = Clock(), trainer.after_step
+    clock, after_step = Clock(job), trainer.after_step
 
     def stamped() -> None:
         after_step()
@@ -528,13 +586,11 @@ def ours(job: Job, scratch: Path) -> dict[str, Any]:
         for name in ("generate", "reward", "train")
     }
     losses = [r["loss"] for r in logged if "loss" in r]
-    return clock.figures(job) | split | {"first_loss": losses[0] if losses else None}
+    return clock.figures() | split | {"first_loss": losses[0] if losses else None}
 
 
 def trl(job: Job, scratch: Path) -> dict[str, Any]:
     """With its own memory savers on: Liger's kernels where they run, flash attention where it is installed."""
-    import importlib.util
-
     import torch
     import trl as library
     from datasets import Dataset
@@ -575,7 +631,7 @@ def trl(job: Job, scratch: Path) -> dict[str, Any]:
         peft_config=lora_config(LORA["lora_r"], LORA["lora_alpha"]),
         **({"reward_funcs": parity} if job.method == "grpo" else {}),
     )
-    clock = Clock()
+    clock = Clock(job)
 
     class Stamp(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -584,7 +640,7 @@ def trl(job: Job, scratch: Path) -> dict[str, Any]:
     trainer.add_callback(Stamp())
     trainer.train()
     losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
-    return clock.figures(job) | {"first_loss": losses[0] if losses else None}
+    return clock.figures() | {"first_loss": losses[0] if losses else None}
 
 
 # ---- rows
@@ -605,14 +661,13 @@ def write(out: Path, device: str, rows: list[dict[str, Any]]) -> None:
     from bench.report import machine, put_rows, version
 
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "flash-attn")
-    about = {
+    made = {
         "machine": machine(device),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": " ".join(f"{name}={version(name)}" for name in packages),
     }
     path = out / f"train-{device}.csv"
-    key = ("method", "model", "bits", "cap_gb", "settings", "side")
-    merged = put_rows(path, [row | about for row in rows], key, COLUMNS)
+    merged = put_rows(path, [made | row for row in rows], KEY, COLUMNS)
     path.with_suffix(".md").write_text(markdown(merged))
 
 

@@ -90,6 +90,14 @@ def peft_mlp(x, gate, gate_a, gate_b, up, up_a, up_b, down, down_a, down_b):
     return peft_linear(product, down, down_a, down_b)
 
 
+def liger_mlp(x, gate, gate_a, gate_b, up, up_a, up_b, down, down_a, down_b):
+    """PEFT's layers around Liger's activation, as its patches put them."""
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    product = LigerSiLUMulFunction.apply(peft_linear(x, gate, gate_a, gate_b), peft_linear(x, up, up_a, up_b))
+    return peft_linear(product, down, down_a, down_b)
+
+
 def tasks(device):
     def task(op, family, make, definition, function, wanted, peers, flops=None):
         contenders = (
@@ -121,7 +129,7 @@ def tasks(device):
         ),
         task(
             *("lora_mlp", "lora", make_mlp, peft_mlp, fused_mlp, mlp_wanted),
-            (Contender("PEFT", peft_mlp),),
+            (Contender("PEFT", peft_mlp), Contender("PEFT, Liger", liger_mlp, needs("liger_kernel", cuda=True))),
             products(3),
         ),
     ]

@@ -10,12 +10,15 @@ import threading
 import time
 from collections import Counter
 
+import pytest
+
 from bench import gpu_suite
 from bench.harness import BOTH
 
 # tests on the GPU's backends that each step must at least have, the device's own apart
 AT_LEAST = {
-    "tests that need a GPU": 150,
+    "tests that need a GPU": 180,
+    "tests of layers on a GPU": 18,
     "tests of logprobs": 80,
     "tests of linear_logprobs": 300,
     "tests of advantages": 40,
@@ -23,6 +26,8 @@ AT_LEAST = {
     "tests of kl": 35,
     "tests of preference": 90,
     "tests of reward": 12,
+    "tests of norm": 20,
+    "tests of lora": 6,
     "tests of the losses in Triton": 190,
     "tests of drawn cases": 40,
 }
@@ -48,18 +53,18 @@ def test_every_step_selects_tests_that_use_the_backends_of_a_gpu():
     found = Counter()
     for expression in {s.chosen for s in gpu_suite.SELECTIONS.values()}:
         selections = {name: s for name, s in gpu_suite.SELECTIONS.items() if s.chosen == expression}
-        files = [f"tests/kernels/{file}" for s in selections.values() for file in s.files]
+        files = [f"tests/{file}" for s in selections.values() for file in s.files]
         for test in collected(*files, *(["-k", expression] if expression else [])):
             for name, selection in selections.items():
-                if any(test.startswith(f"tests/kernels/{file}") for file in selection.files):
-                    found[name] += bool(re.search(r"triton|cuda", test))
+                if any(test.startswith(f"tests/{file}") for file in selection.files):
+                    found[name] += bool(re.search(r"triton|cuda|gpu", test))
     short = {name: found[name] for name, least in AT_LEAST.items() if found[name] < least}
     assert not short, dict(found)
 
 
 def test_compute_sanitizer_gets_every_operation_on_both_backends():
     tests = collected(*gpu_suite.SANITIZED)
-    assert len(tests) >= 2 * 15
+    assert len(tests) >= 2 * 18
     assert all("float32" in test for test in tests)
 
 
@@ -76,6 +81,10 @@ def test_ours_is_timed_for_every_target_before_any_peer(tmp_path):
     who = [step.command[step.command.index("--contenders") + 1] for step in steps]
     assert who == sorted(who, reverse=True) and set(who) == {"ours", "all"}
     assert {step.command[step.command.index("--tests") + 1] for step in steps} == {"failed"}
+    timed = {word for step in steps for word in step.command}
+    assert {"rms_norm", "lora_linear", "lora_mlp"} <= timed
+    aimed_at = {op for op in timed if any(op in target.name for target in gpu_suite.TARGETS)}
+    assert aimed_at <= {word for step, side in zip(steps, who) if side == "ours" for word in step.command}
 
 
 def test_what_a_step_prints_is_in_the_log_while_it_runs(tmp_path):
@@ -121,3 +130,19 @@ def test_a_step_past_its_deadline_is_stopped_with_its_children_and_the_next_runs
         suite.run(gpu_suite.Step("good", gpu_suite.python("-c", "pass"), 20))
     assert list(suite.verdicts.values()) == ["stopped after 1 s", "failed with 3", "ok"]
     assert "why" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["ops", "train"])
+def test_a_dry_run_ends_with_every_step_well(part, tmp_path):
+    """The very steps of a GPU, tiny: build, tests, both rounds of benchmarks; only a peer may be missing."""
+    command = gpu_suite.python("-m", "bench.gpu_suite", "--part", part, "--dry-run", "--out", str(tmp_path))
+    done = subprocess.run(command, check=False, cwd=gpu_suite.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    name = {"ops": "gpu-targets.md", "train": "gpu-train.md"}[part]
+    targets, steps = (tmp_path / name).read_text().split("| step | |")
+    verdicts = [line.rsplit("| ", 1)[1].rstrip(" |") for line in steps.splitlines()[2:] if line]
+    assert len(verdicts) > 8 and set(verdicts) <= {"ok", "left out: no compute-sanitizer"}
+    allowed = "is not installed|needs a CUDA device|no row|ok$|no (launches|percent_copy)|failed: TRL"
+    unmeasured = [line for line in targets.splitlines() if "not measured" in line]
+    assert not [line for line in unmeasured if not re.search(allowed, line.rstrip("| "))]

@@ -135,6 +135,20 @@ def test_a_contender_that_only_pretends_to_be_compiled_is_found_out(monkeypatch)
     )
 
 
+def test_a_tiny_run_records_graphs_and_compiles_nothing(monkeypatch):
+    """A function that cannot be one graph is noticed all the same."""
+    monkeypatch.setattr(harness, "_generated_kernels", lambda: 0)
+
+    def broken_graph(x):
+        torch._dynamo.graph_break()
+        return x * x
+
+    whole = Contender("whole", square, compiled=True), Contender("broken", broken_graph, compiled=True)
+    (case,) = ops.cases(task(*whole), ops.parse(["--tiny", "--passes", FORWARD]))
+    rows = {row["contender"]: row["status"] for row in harness.measure(case, 0.01, 1e9)}
+    assert rows["whole"] == "ok" and rows["broken"].startswith("failed: ")
+
+
 def test_float64_in_slices_of_rows_equals_float64_at_once(monkeypatch):
     """Rows are joined, a sum over rows is added up, and so is the gradient of what all rows share."""
 

@@ -45,6 +45,9 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, tuple[s
     per_token = {"old_logprobs": -normal(B, T).abs(), "advantages": normal(B), "mask": mask}
     shaped = {"scores": normal(B), **tokens, "mask": mask, "kl_coef": 0.1}
     values = {"values": normal(B, T), "mask": mask}
+    rows, width = B * T // 8, 2 * D
+    layer = {"w": normal(width, D) * D**-0.5, "a": normal(5, D).float() * D**-0.5, "b": normal(width, 5).float()}
+    mlp = {"x": normal(rows, D), **layer, "down": normal(D, width) * width**-0.5}
     return {
         "token_logprobs": ({"logits": normal(B * T, V), "labels": labels, "entropy": True}, ("logits",)),
         "linear_logprobs": (head, ("hidden",)),
@@ -61,14 +64,31 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, tuple[s
         "dpo_loss": ({**pairs, "ref_chosen": normal(B), "ref_rejected": normal(B)}, ("chosen", "rejected")),
         "pairwise_reward_loss": (pairs, ("chosen", "rejected")),
         "ranked_reward_loss": (ranked, ("scores",)),
+        "rms_norm": ({"x": normal(rows, D), "weight": normal(D)}, ("x", "weight")),
+        "lora_linear": ({"x": normal(rows, D), **layer}, ("x", "a", "b")),
+        "lora_mlp": (mlp, ("x", "a", "b")),
     }[name]
 
 
 NAMES = (
     *("token_logprobs", "linear_logprobs", "linear_cross_entropy", "sequence_logprobs", "gae", "shaped_rewards"),
     *("kl_shaped_gae", "whiten", "group_advantages", "kl_penalty", "policy_loss", "value_loss", "dpo_loss"),
-    *("pairwise_reward_loss", "ranked_reward_loss"),
+    *("pairwise_reward_loss", "ranked_reward_loss", "rms_norm", "lora_linear", "lora_mlp"),
 )
+
+
+def lora_linear(x, w, a, b) -> torch.Tensor:
+    return kernels.lora_linear(x, kernels.LoraWeights(w, a, b, 0.5))
+
+
+def lora_mlp(x, w, a, b, down) -> torch.Tensor:
+    """Both activations."""
+    gate, up = kernels.LoraWeights(w, a, b, 0.5), kernels.LoraWeights(w, a * 2, b)
+    last = kernels.LoraWeights(down)
+    return sum(kernels.lora_mlp(x, gate, up, last, activation=name) for name in ("silu", "gelu_tanh"))
+
+
+LAYERS = {"lora_linear": lora_linear, "lora_mlp": lora_mlp}  # tensors by name, in place of tuples of them
 
 
 def leaves(found) -> list[torch.Tensor]:
@@ -81,7 +101,7 @@ def leaves(found) -> list[torch.Tensor]:
 
 def call(name: str, arguments: dict, wanted: tuple[str, ...]) -> list[torch.Tensor]:
     """Outputs, then gradients of their weighted sum."""
-    found = leaves(getattr(kernels, name)(**arguments))
+    found = leaves(LAYERS.get(name, getattr(kernels, name))(**arguments))
     ends = [x for x in found if x.requires_grad]
     if not wanted:
         return found
@@ -112,9 +132,8 @@ def test_backends_agree_with_the_reference(name, dtype, gpu_backend):
     with use_backend("reference"):
         expected = call(name, arguments, wanted)
     for x, y in zip(found, expected, strict=True):
-        tolerance = (
-            2e-5 if x.dtype == torch.float32 and name[:6] != "linear" else 1.6e-2 if dtype != torch.float32 else 1e-4
-        )
+        rounded = x.dtype != torch.float32 or name.startswith(("linear", "lora"))  # on the way, by matrix products
+        tolerance = 2e-5 if not rounded else 1.6e-2 if dtype != torch.float32 else 1e-4
         assert x.dtype == y.dtype
         assert (x.double() - y.double()).abs().max() <= tolerance * y.double().abs().max().clamp(min=1e-3)
 
