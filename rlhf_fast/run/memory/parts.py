@@ -1,0 +1,187 @@
+"""What a run holds, part by part: weights and optimizer state, activations, the loss, a rollout.
+
+Each formula stands once, in :func:`resident`, :func:`saved_per_token`, :func:`passes` or :func:`rollout`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from .job import GB, Job, Part
+
+# what linear_logprobs makes at a time on a GPU: float32 logits and 16-bit gradient rows (tested against the kernel's own)
+HEAD_CHUNK_BYTES = 1_060_000_000
+CPU_HEAD_CHUNK_BYTES, CPU_HEAD_MIN_ROWS = 48 << 20, 256
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; an 8-bit constant per 64 of them, a float32 per 256 constants
+_8BIT = 2 * (1 + 4 / 256)  # two moments, each with a float32 constant per 256 numbers
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": _8BIT, "paged_adamw_8bit": _8BIT}
+
+
+def resident(job: Job) -> list[Part]:
+    """Weights, gradients and optimizer state: there from the first step to the last."""
+    shape, counts = job.shape, job.shape.parameters()
+    if job.full:
+        copies = {"sft": 0, "reward": 0, "dpo": 1, "grpo": int(job.reference), "ppo": 1 + job.reward_model}[job.method]
+        trained = sum(counts.values())
+        parts = [Part("weights, float32", 4 * trained, "always"), *_trained(job, trained, "all weights")]
+        if job.method == "ppo":
+            parts += [Part("critic, a second model", 4 * trained, "always"), *_trained(job, trained, "the critic")]
+        if copies:
+            parts.append(Part(f"frozen models ({copies})", 4 * copies * trained, "always"))
+    else:
+        wide = 4 if job.base == "fp32" else 2
+        linear = NF4_BYTES if job.base == "nf4" else wide
+        parts = [
+            Part(f"linear layers, {job.base}", linear * counts["linears"], "always"),
+            Part("embeddings" + (", also the head" if shape.tied else ""), wide * counts["embeddings"], "always"),
+        ]
+        if counts["head"]:
+            parts.append(Part("head", wide * counts["head"], "always"))
+        parts.append(Part("norms and biases", wide * counts["rest"], "always"))
+        adapter = shape.adapter_parameters(job.lora_r, job.lora_targets)
+        trained = adapter * (2 if job.method == "ppo" else 1)
+        frozen = int(job.reference) + (job.method == "ppo" and job.reward_model)
+        names = "adapters: policy and critic" if job.method == "ppo" else "adapter"
+        parts += [Part(f"{names}, float32", 4 * trained, "always"), *_trained(job, trained, names)]
+        if frozen:
+            parts.append(Part(f"frozen adapters ({frozen})", 4 * frozen * adapter, "always"))
+    if job.method in ("ppo", "reward"):
+        parts.append(Part("scalar heads", (2 if job.method == "ppo" else 1) * 16 * (shape.hidden + 1), "always"))
+    return parts
+
+
+def _trained(job: Job, count: float, what: str) -> list[Part]:
+    """What ``count`` trained float32 numbers bring besides themselves."""
+    return [
+        Part(f"gradients of {what}", 4 * count, "gradients"),
+        Part(f"{job.optimizer} state of {what}", OPTIMIZER_BYTES[job.optimizer] * count, "always"),
+    ]
+
+
+def saved_per_token(job: Job) -> dict[str, float]:
+    """Bytes that autograd keeps of one token in one layer besides the layer's input, tensor by tensor.
+
+    Fused: what the backward pass cannot recompute cheaply, in the dtype of the pass. PEFT: its adapters take a float32 copy of
+    their input each, transformers' norm computes in float32, SwiGLU keeps every factor. In float32 the copies are none.
+    """
+    s, w = job.shape, job.width
+    d, i, q, kv = s.hidden, s.intermediate, s.q_width, s.kv_width
+    # our attention on a CPU works in padded tables, and in float32 repeats grouped heads
+    cpu, fused = job.device == "cpu", job.kernels == "fused" and not job.full
+    repeated = q if cpu and w == 4 else kv
+    attention = {"queries, keys, values, output": w * (2 * q + 2 * repeated), "row statistics": 4 * s.heads + 8}
+    if cpu and (w == 4 or fused):
+        attention["output in packed order"] = w * q
+    gates = 2 if s.traits.gated else 1
+    if job.full:
+        # norms keep x and, unless they are ours, its normalised form; linears the input they cast
+        casts = 1 if w == 4 else 3 + 2
+        norms = {
+            "residual stream": 4 * d,
+            "normalised": 2 * 4 * d if job.kernels == "peft" else 0,
+            "inputs of linears": w * d * (2 if w == 4 else casts),
+        }
+        return {**norms, **attention, "gate, up, their products": w * i * (gates + 2)}
+    if fused:
+        # what an RMSNorm returns is made again from the residual stream; other norms are not ours
+        normed = 0 if s.traits.gated else 2 * w * d
+        inputs = {"residual stream": w * d, "normed inputs": normed}
+        return {**inputs, **attention, "gate and up": w * i * gates}
+    low_rank = 4 * job.lora_r * len(s.linears)
+    if w == 4:
+        inputs = {"residual stream": w * d, "normed inputs": 2 * w * d}
+        return {**inputs, **attention, "gate, up, their products": w * i * (gates + 2), "x A": low_rank}
+    copies = {"float32 inputs of adapters": 4 * sum(a for _, a, _ in s.linears), "float32 residual stream": 2 * 4 * d}
+    return {**copies, **attention, "gate, up, act(gate)": w * i * (gates + 1), "x A": low_rank}
+
+
+def passes(job: Job) -> list[Part]:
+    """What the largest micro-batch needs between the start of its forward and the end of its backward pass."""
+    s, n, w = job.shape, job.tokens, job.width
+    saved, row = sum(saved_per_token(job).values()), n * s.hidden * job.stream_width
+    parts = [Part("ids, positions, masks", 64 * n, "update")]
+    if job.full and w == 2:
+        parts.append(Part("bfloat16 copies of the weights", 2 * sum(s.parameters().values()), "update"))
+    if not job.checkpointing:
+        # PEFT's path keeps a float32 copy of a 16-bit input instead of the input
+        kept = 0 if job.kernels == "peft" and w == 2 and not job.full else row
+        parts.append(Part("activations of all layers", s.layers * (kept + n * saved), "inputs"))
+        live = 0.0
+    else:
+        # offloaded: one in use, one on its way, one leaving
+        inputs = min(3, s.layers) if job.offload else s.layers
+        parts.append(Part("inputs of the layers" + (", in flight" if job.offload else ""), inputs * row, "inputs"))
+        live = n * saved
+    # the gradient of the layer's output, and of the MLP's inner ones as many as exist before the first is consumed
+    flight = 2 * row + n * s.intermediate * _inner_gradients(job)
+    parts += [
+        Part("recomputed activations of a layer", live, "layer"),
+        Part("gradients inside a layer", flight, "layer"),
+        Part("attention backward", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
+    ]
+    return [p for p in [*parts, *_head(job)] if p.bytes]
+
+
+def _inner_gradients(job: Job) -> int:
+    """Bytes per token and unit of the MLP's inner width, at the moment when the gradient of its product is complete."""
+    if job.full:
+        return 2 * job.width  # through the weight, and that of one factor
+    if job.kernels == "fused":
+        if job.device == "cpu":  # plain PyTorch: the gradient, and in float32 the gate, its sigmoid, value and slope
+            return job.width + (3 if job.width == 4 else 4) * 4
+        return 3 * job.width  # the product again, gradients of gate and up
+    return (
+        2 * 4 if job.width == 4 else 4 + 3 * 2
+    )  # PEFT: through the adapter in float32, cast; through the weight; their sum
+
+
+def _head(job: Job) -> Iterator[Part]:
+    """The final norm and the loss; at worst every token of the micro-batch is a response token."""
+    s, n, w = job.shape, job.tokens, job.width
+    yield Part("final hidden states, norm", n * s.hidden * (2 * job.stream_width + (4 if w == 2 else 0)), "head")
+    if job.method == "reward":
+        return
+    yield Part("response rows, gradient", 2 * n * s.hidden * w, "head")
+    rows = head_rows(n, s.vocab, job.device)
+    cuda = job.device != "cpu"
+    logits = Part(
+        f"logits of {rows:,} tokens" + (", gradient" if cuda else ""),
+        rows * ((4 + 2 * cuda) * s.vocab + 4 * s.hidden),
+        "head",
+    )
+    yield logits
+    if job.full:
+        kept = 2 * n * s.vocab  # kept when small, made again otherwise; and the float32 gradient of the head
+        yield Part("gradient of the head", 4 * s.vocab * s.hidden + min(kept, GB), "head")
+
+
+def head_rows(tokens: int, vocab: int, device: str = "cuda") -> int:
+    """Most tokens whose logits exist at a time, see ``kernels/linear_logprobs``."""
+    if device == "cpu":
+        limit = max(CPU_HEAD_MIN_ROWS, CPU_HEAD_CHUNK_BYTES // (4 * vocab))
+        return math.ceil(tokens / math.ceil(tokens / limit))
+    return 128 * min(max(HEAD_CHUNK_BYTES // ((4 + 2) * vocab) // 128, 1), max(math.ceil(tokens / 128), 1))
+
+
+def rollout(job: Job, sequences: int) -> list[Part]:
+    """What sampling ``sequences`` at a time needs."""
+    s, w = job.shape, job.width
+    prompt = job.prompt_length if job.prompt_length is not None else job.length // 4
+    prompts = math.ceil(sequences / (job.num_generations if job.method == "grpo" else 1))
+    return [
+        Part(f"keys and values of {sequences} sequences", sequences * job.length * kv_per_token(job), "rollout"),
+        # a layer's buffers grow by copying them
+        Part("a layer's keys and values, again", sequences * job.length * kv_per_token(job) / s.layers, "rollout"),
+        Part(
+            "prompts in a layer",
+            prompts * prompt * w * (3 * s.intermediate + 4 * s.hidden),
+            "rollout",
+        ),
+        Part("logits of a step", sequences * s.vocab * (w + 3 * 4), "rollout"),
+    ]
+
+
+def kv_per_token(job: Job) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    return 2 * job.shape.layers * job.shape.kv_width * job.width
