@@ -17,8 +17,9 @@ while it goes backward, ``head`` what the loss needs, ``update`` what is there f
 its backward pass. ``outside`` is what tensors do not account for.
 """
 
+from .activations import saved_per_token
 from .job import GB, METHODS, WHENS, Job, Part
-from .parts import OPTIMIZER_BYTES, head_rows, kv_per_token, passes, resident, rollout, saved_per_token
+from .parts import OPTIMIZER_BYTES, head_rows, kv_per_token, passes, resident, rollout
 from .planning import CONTEXT_BYTES, FREE, GPUS, SLACK, Plan, as_dict, attempts, choose, gpu_bytes, plan
 from .shapes import ARCHITECTURES, PRESETS, Shape, Traits, find_shape
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .shapes import Shape
+from .shapes import Linear, Shape
 
 METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
 GB = 10**9
@@ -28,9 +29,9 @@ class Job:
     full: bool = False  # all weights rather than an adapter
     base: str = "bf16"  # of the frozen weights: bf16, nf4, or fp32; of the passes, in full fine-tuning
     lora_r: int = 16
-    lora_targets: str | tuple[str, ...] = "all-linear"
+    lora_targets: str | tuple[str, ...] = "all-linear"  # may name lm_head
     optimizer: str = "adamw"
-    kernels: str = "fused"  # whose activations: fused, or PEFT's and transformers' own layers
+    kernels: str = "fused"  # ours where the architecture allows; or peft: PEFT's and transformers' own
     micro_batch_tokens: int | None = None  # None: one longest record
     checkpointing: bool = True
     offload: bool = False
@@ -58,6 +59,15 @@ class Job:
     def one_micro_batch(self) -> bool:
         """Each window is one micro-batch, and its gradients start from nothing."""
         return self.method != "ppo" and self.tokens >= (self.window_tokens or math.inf)
+
+    @functools.cached_property
+    def adapted(self) -> list[Linear]:
+        """The linears of a layer that have an adapter."""
+        return [] if self.full else self.shape.adapted_in_layer(self.lora_targets)
+
+    @functools.cached_property
+    def head_adapter(self) -> bool:
+        return not self.full and any(x.reads == "head" for x in self.shape.adapted(self.lora_targets))
 
     @property
     def width(self) -> int:

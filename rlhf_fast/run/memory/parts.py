@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from .activations import inner_gradients, keeps_inputs, saved_per_token
 from .job import GB, Job, Part
 
 # what linear_logprobs makes at a time on a GPU: float32 logits and 16-bit gradient rows (tested against the kernel's own)
@@ -59,43 +60,6 @@ def _trained(job: Job, count: float, what: str) -> list[Part]:
     ]
 
 
-def saved_per_token(job: Job) -> dict[str, float]:
-    """Bytes that autograd keeps of one token in one layer besides the layer's input, tensor by tensor.
-
-    Fused: what the backward pass cannot recompute cheaply, in the dtype of the pass. PEFT: its adapters take a float32 copy of
-    their input each, transformers' norm computes in float32, SwiGLU keeps every factor. In float32 the copies are none.
-    """
-    s, w = job.shape, job.width
-    d, i, q, kv = s.hidden, s.intermediate, s.q_width, s.kv_width
-    # our attention on a CPU works in padded tables, and in float32 repeats grouped heads
-    cpu, fused = job.device == "cpu", job.kernels == "fused" and not job.full
-    repeated = q if cpu and w == 4 else kv
-    attention = {"queries, keys, values, output": w * (2 * q + 2 * repeated), "row statistics": 4 * s.heads + 8}
-    if cpu and (w == 4 or fused):
-        attention["output in packed order"] = w * q
-    gates = 2 if s.traits.gated else 1
-    if job.full:
-        # norms keep x and, unless they are ours, its normalised form; linears the input they cast
-        casts = 1 if w == 4 else 3 + 2
-        norms = {
-            "residual stream": 4 * d,
-            "normalised": 2 * 4 * d if job.kernels == "peft" else 0,
-            "inputs of linears": w * d * (2 if w == 4 else casts),
-        }
-        return {**norms, **attention, "gate, up, their products": w * i * (gates + 2)}
-    if fused:
-        # what an RMSNorm returns is made again from the residual stream; other norms are not ours
-        normed = 0 if s.traits.gated else 2 * w * d
-        inputs = {"residual stream": w * d, "normed inputs": normed}
-        return {**inputs, **attention, "gate and up": w * i * gates}
-    low_rank = 4 * job.lora_r * len(s.linears)
-    if w == 4:
-        inputs = {"residual stream": w * d, "normed inputs": 2 * w * d}
-        return {**inputs, **attention, "gate, up, their products": w * i * (gates + 2), "x A": low_rank}
-    copies = {"float32 inputs of adapters": 4 * sum(a for _, a, _ in s.linears), "float32 residual stream": 2 * 4 * d}
-    return {**copies, **attention, "gate, up, act(gate)": w * i * (gates + 1), "x A": low_rank}
-
-
 def passes(job: Job) -> list[Part]:
     """What the largest micro-batch needs between the start of its forward and the end of its backward pass."""
     s, n, w = job.shape, job.tokens, job.width
@@ -104,8 +68,7 @@ def passes(job: Job) -> list[Part]:
     if job.full and w == 2:
         parts.append(Part("bfloat16 copies of the weights", 2 * sum(s.parameters().values()), "update"))
     if not job.checkpointing:
-        # PEFT's path keeps a float32 copy of a 16-bit input instead of the input
-        kept = 0 if job.kernels == "peft" and w == 2 and not job.full else row
+        kept = row if keeps_inputs(job) else 0
         parts.append(Part("activations of all layers", s.layers * (kept + n * saved), "inputs"))
         live = 0.0
     else:
@@ -114,26 +77,13 @@ def passes(job: Job) -> list[Part]:
         parts.append(Part("inputs of the layers" + (", in flight" if job.offload else ""), inputs * row, "inputs"))
         live = n * saved
     # the gradient of the layer's output, and of the MLP's inner ones as many as exist before the first is consumed
-    flight = 2 * row + n * s.intermediate * _inner_gradients(job)
+    flight = 2 * row + n * s.intermediate * inner_gradients(job)
     parts += [
         Part("recomputed activations of a layer", live, "layer"),
         Part("gradients inside a layer", flight, "layer"),
         Part("attention backward", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
     ]
     return [p for p in [*parts, *_head(job)] if p.bytes]
-
-
-def _inner_gradients(job: Job) -> int:
-    """Bytes per token and unit of the MLP's inner width, at the moment when the gradient of its product is complete."""
-    if job.full:
-        return 2 * job.width  # through the weight, and that of one factor
-    if job.kernels == "fused":
-        if job.device == "cpu":  # plain PyTorch: the gradient, and in float32 the gate, its sigmoid, value and slope
-            return job.width + (3 if job.width == 4 else 4) * 4
-        return 3 * job.width  # the product again, gradients of gate and up
-    return (
-        2 * 4 if job.width == 4 else 4 + 3 * 2
-    )  # PEFT: through the adapter in float32, cast; through the weight; their sum
 
 
 def _head(job: Job) -> Iterator[Part]:

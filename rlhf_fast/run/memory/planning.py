@@ -10,8 +10,9 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 
+from .activations import saved_per_token
 from .job import GB, Job, Part
-from .parts import passes, resident, rollout, saved_per_token
+from .parts import passes, resident, rollout
 
 CONTEXT_BYTES = 600_000_000  # CUDA context, cuBLAS workspaces, loaded kernels
 SLACK = 0.04  # of the peak: rounding and fragments in the caching allocator

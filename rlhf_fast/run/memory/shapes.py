@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,18 @@ PRESETS = {
     "meta-llama/Llama-3.1-8B": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
     "mistralai/Mistral-7B-v0.3": ("mistral", 4096, 14336, 32, 32, 8, 128, 32768, False),
 }
+
+
+Targets = str | Sequence[str]  # which linears get an adapter, as ``lora_target_modules`` says
+
+
+class Linear(NamedTuple):
+    """A linear layer: weight (outputs, inputs)."""
+
+    name: str  # its path inside of a layer
+    inputs: int
+    outputs: int
+    reads: str  # what its input is: the result of a "norm", of "attention", the MLP's "product"; the "head" apart
 
 
 @dataclass(frozen=True)
@@ -116,21 +130,32 @@ class Shape:
         )
 
     @property
-    def linears(self) -> list[tuple[str, int, int]]:
-        """(name, inputs, outputs) of every linear of a layer."""
+    def linears(self) -> list[Linear]:
+        """Every linear of a layer, in the order in which they run."""
         d, i, q, kv = self.hidden, self.intermediate, self.q_width, self.kv_width
         if not self.traits.gated:
-            return [("c_attn", d, q + 2 * kv), ("c_proj", q, d), ("c_fc", d, i), ("c_proj", i, d)]
-        if self.traits.fused:
-            return [("qkv_proj", d, q + 2 * kv), ("o_proj", q, d), ("gate_up_proj", d, 2 * i), ("down_proj", i, d)]
-        attention = [("q_proj", d, q), ("k_proj", d, kv), ("v_proj", d, kv), ("o_proj", q, d)]
-        return [*attention, ("gate_proj", d, i), ("up_proj", d, i), ("down_proj", i, d)]
+            rows = [("attn.c_attn", d, q + 2 * kv), ("attn.c_proj", q, d), ("mlp.c_fc", d, i), ("mlp.c_proj", i, d)]
+            reads = ("norm", "attention", "norm", "product")
+        elif self.traits.fused:
+            rows = [("self_attn.qkv_proj", d, q + 2 * kv), ("self_attn.o_proj", q, d)]
+            rows += [("mlp.gate_up_proj", d, 2 * i), ("mlp.down_proj", i, d)]
+            reads = ("norm", "attention", "norm", "product")
+        else:
+            rows = [("self_attn.q_proj", d, q), ("self_attn.k_proj", d, kv), ("self_attn.v_proj", d, kv)]
+            rows += [
+                ("self_attn.o_proj", q, d),
+                ("mlp.gate_proj", d, i),
+                ("mlp.up_proj", d, i),
+                ("mlp.down_proj", i, d),
+            ]
+            reads = ("norm", "norm", "norm", "attention", "norm", "norm", "product")
+        return [Linear(*row, what) for row, what in zip(rows, reads)]
 
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: ``embeddings``, ``head`` (0 when tied), ``linears`` of the layers, ``rest``."""
         t, d = self.traits, self.hidden
-        linears = self.layers * sum(a * b for _, a, b in self.linears)
-        outputs = [b for _, _, b in self.linears]
+        linears = self.layers * sum(x.inputs * x.outputs for x in self.linears)
+        outputs = [x.outputs for x in self.linears]
         attention = 1 if t.fused else 3
         bias = t.qkv_bias * sum(outputs[:attention]) + t.other_bias * sum(outputs[attention:])
         norm = d * (1 + t.norm_bias)
@@ -142,10 +167,31 @@ class Shape:
             "rest": self.layers * layer + norm,
         }
 
-    def adapter_parameters(self, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
-        """Parameters of a LoRA adapter on the linears of the layers that ``targets`` names."""
-        chosen = [(a, b) for n, a, b in self.linears if targets == "all-linear" or n in targets]
-        return self.layers * rank * sum(a + b for a, b in chosen)
+    def adapted(self, targets: Targets = "all-linear") -> list[Linear]:
+        """The linears of all layers, and the head, that PEFT gives an adapter: those whose path a pattern matches, or ends
+        with one of several names. "all-linear" is all but the head."""
+        return list(_adapted(self, targets if isinstance(targets, str) else tuple(targets)))
+
+    def adapted_in_layer(self, targets: Targets = "all-linear") -> list[Linear]:
+        """Those of a layer that have an adapter in any layer."""
+        paths = tuple(x.name for x in self.adapted(targets))
+        return [x for x in self.linears if any(path.endswith(f".{x.name}") for path in paths)]
+
+    def adapter_parameters(self, rank: int, targets: Targets = "all-linear") -> int:
+        """Parameters of a LoRA adapter."""
+        return rank * sum(x.inputs + x.outputs for x in self.adapted(targets))
+
+
+@functools.lru_cache(maxsize=64)
+def _adapted(shape: Shape, targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
+    layers = "model.layers" if shape.traits.gated else "transformer.h"
+    linears = [x._replace(name=f"{layers}.{i}.{x.name}") for i in range(shape.layers) for x in shape.linears]
+    if targets == "all-linear":
+        return tuple(linears)
+    linears.append(Linear("lm_head", shape.hidden, shape.vocab, "head"))
+    if isinstance(targets, str):
+        return tuple(x for x in linears if re.fullmatch(targets, x.name))
+    return tuple(x for x in linears if f".{x.name}".endswith(tuple(f".{target}" for target in targets)))
 
 
 def find_shape(model: str) -> Shape:
