@@ -132,6 +132,7 @@ WHEN = {
     "layer": "backward of a layer",
     "rollout": "sampling",
     "outside": "outside",
+    "host": "pinned host memory",
 }
 
 

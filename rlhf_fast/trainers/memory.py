@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,27 +34,37 @@ def job_of(trainer: Trainer) -> Job:
     a, policy = trainer.args, trainer.policy
     config = policy.model.config.to_dict()
     name = str(getattr(policy.model, "name_or_path", "")) or config.get("model_type", "")
+    lora = policy.adapters.config(policy.role) if policy.adapters.names else None
     wide = policy.model.get_input_embeddings().weight.element_size() == 4 and policy.compute_dtype is None
-    return Job(
-        shape=memory.Shape.of(config, name, strict=False),
+    shape = memory.Shape.of(config, name, strict=False)
+    job = Job(
+        shape=shape,
         method=trainer.method,
-        full=not policy.adapters.names,
+        full=lora is None,
         base="fp32" if wide else "nf4" if is_4bit(policy.model) else "bf16",
-        lora_r=policy.adapters.config(policy.role).r if policy.adapters.names else a.lora_r,
-        kernels="fused" if _fused(policy) else "peft",
+        **({} if lora is None else {"lora_r": lora.r, "lora_targets": _targets(lora.target_modules)}),
         optimizer=a.optim,
         checkpointing=a.gradient_checkpointing is not False,
         offload=bool(a.offload_activations),
         device=trainer.accelerator.device.type,
         **trainer.sizes(),
     )
+    return replace(job, kernels="fused" if _fused(policy, job) else "peft")
 
 
-def _fused(policy: Policy) -> bool:
+def _targets(modules: str | Collection[str]) -> str | tuple[str, ...]:
+    return modules if isinstance(modules, str) else tuple(sorted(modules))
+
+
+def _fused(policy: Policy, job: Job) -> bool:
     """Whether all that can be runs fused in training: a LoRA layer or MLP that does not keeps what PEFT keeps."""
+    layers = ["norm"] if job.full else ["lora"]
+    # gate and up in one linear, as Phi 3 has them, are no MLP of ours
+    if any(x.name.startswith("mlp.") for x in job.adapted) and not job.shape.traits.fused:
+        layers.append("mlp")
     training = policy.training
     policy.train()  # dropout is PEFT's
-    whole = policy.fusion.covers("lora", "mlp") if policy.adapters.names else policy.fusion.covers("norm")
+    whole = policy.fusion.covers(*layers)
     policy.train(training)
     return whole
 

@@ -14,7 +14,8 @@ What is alive when (a plan's ``peaks``)::
 
 ``inputs`` are the checkpointed inputs of the layers, gone one by one in the backward pass; ``layer`` is what one layer needs
 while it goes backward, ``head`` what the loss needs, ``update`` what is there from the start of a forward pass to the end of
-its backward pass. ``outside`` is what tensors do not account for.
+its backward pass. ``outside`` is what tensors do not account for, ``host`` what waits in pinned host memory and
+takes nothing of the GPU.
 """
 
 from .activations import saved_per_token

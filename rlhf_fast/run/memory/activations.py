@@ -97,12 +97,16 @@ def _mlp(job: Job) -> dict[str, float]:
 
 
 def inner_gradients(job: Job) -> int:
-    """Bytes per token and unit of the MLP's inner width, at the moment when the gradient of its product is complete."""
+    """Bytes per token and unit of the MLP's inner width, at the moment when the most of its gradients exist."""
+    w, cpu, runs = job.width, job.device == "cpu", Runs.of(job)
     if job.full:
-        return 2 * job.width  # through the weight, and that of one factor
-    if Runs.of(job).mlp:
-        if job.device == "cpu":  # plain PyTorch: the gradient, and in float32 the gate, its sigmoid, value and slope
-            return job.width + (3 if job.width == 4 else 4) * 4
-        return 3 * job.width  # the product again, gradients of gate and up
-    # PEFT: through the adapter in float32, cast; through the weight; their sum
-    return 2 * 4 if job.width == 4 else 4 + 3 * 2
+        return 2 * w  # through the weight, and that of one factor
+    if runs.mlp:
+        if cpu:  # plain PyTorch: the gradient, and in float32 the gate, its sigmoid, value and slope
+            return w + (3 if w == 4 else 4) * 4
+        return 3 * w  # the product again, gradients of gate and up
+    if runs.lora:
+        # of the product and its two factors, the product itself gone; a CPU multiplies a float32 copy of it
+        return w + 4 if cpu and w == 2 else 2 * w
+    # PEFT: of the product through the weight, and through the adapter in float32; its cast and the sum where it is gated
+    return 2 * 4 if w == 4 else 2 + 4 + 2 * 2 * job.shape.traits.gated

@@ -1,6 +1,6 @@
 """What a run holds, part by part: weights and optimizer state, activations, the loss, a rollout.
 
-Each formula stands once, in :func:`resident`, :func:`saved_per_token`, :func:`passes` or :func:`rollout`.
+Each formula stands once, in :func:`resident`, :func:`passes` or :func:`rollout`, those of activations in :mod:`.activations`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .job import GB, Job, Part
 
 # what linear_logprobs makes at a time on a GPU: float32 logits and 16-bit gradient rows (tested against the kernel's own)
 HEAD_CHUNK_BYTES = 1_060_000_000
-CPU_HEAD_CHUNK_BYTES, CPU_HEAD_MIN_ROWS = 48 << 20, 256
+CPU_HEAD_CHUNK_BYTES, CPU_HEAD_MIN_ROWS, CPU_KEPT_BYTES = 48 << 20, 256, 1 << 30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; an 8-bit constant per 64 of them, a float32 per 256 constants
 _8BIT = 2 * (1 + 4 / 256)  # two moments, each with a float32 constant per 256 numbers
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": _8BIT, "paged_adamw_8bit": _8BIT}
@@ -60,8 +60,12 @@ def _trained(job: Job, count: float, what: str) -> list[Part]:
     ]
 
 
-def passes(job: Job) -> list[Part]:
-    """What the largest micro-batch needs between the start of its forward and the end of its backward pass."""
+def passes(job: Job, available: int | None = None) -> list[Part]:
+    """What the largest micro-batch needs between the start of its forward and the end of its backward pass.
+
+    Args:
+        available: bytes of the device, of which a share bounds what is kept for a head that is trained.
+    """
     s, n, w = job.shape, job.tokens, job.width
     saved, row = sum(saved_per_token(job).values()), n * s.hidden * job.stream_width
     parts = [Part("ids, positions, masks", 64 * n, "update")]
@@ -76,17 +80,30 @@ def passes(job: Job) -> list[Part]:
         inputs = min(3, s.layers) if job.offload else s.layers
         parts.append(Part("inputs of the layers" + (", in flight" if job.offload else ""), inputs * row, "inputs"))
         live = n * saved
+        if job.offload:
+            parts.append(Part("inputs of the layers", s.layers * _pinned(row, job.device), "host"))
     # the gradient of the layer's output, and of the MLP's inner ones as many as exist before the first is consumed
     flight = 2 * row + n * s.intermediate * inner_gradients(job)
     parts += [
         Part("recomputed activations of a layer", live, "layer"),
         Part("gradients inside a layer", flight, "layer"),
+        Part("largest linear, expanded", expanded(job), "layer"),
         Part("attention backward", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
     ]
-    return [p for p in [*parts, *_head(job)] if p.bytes]
+    return [p for p in [*parts, *_head(job, available)] if p.bytes]
 
 
-def _head(job: Job) -> Iterator[Part]:
+def expanded(job: Job) -> int:
+    """Bytes of the largest weight of a 4-bit base in the dtype of the pass: one at a time is multiplied with."""
+    return job.width * max(x.inputs * x.outputs for x in job.shape.linears) if job.base == "nf4" else 0
+
+
+def _pinned(size: float, device: str) -> float:
+    """Bytes of a host buffer; torch rounds pinned ones up to a power of two."""
+    return size if device == "cpu" else 2 ** math.ceil(math.log2(size))
+
+
+def _head(job: Job, available: int | None) -> Iterator[Part]:
     """The final norm and the loss; at worst every token of the micro-batch is a response token."""
     s, n, w = job.shape, job.tokens, job.width
     yield Part("final hidden states, norm", n * s.hidden * (2 * job.stream_width + (4 if w == 2 else 0)), "head")
@@ -101,9 +118,21 @@ def _head(job: Job) -> Iterator[Part]:
         "head",
     )
     yield logits
+    if job.full or job.head_adapter:
+        yield Part("gradient rows kept for the head", _kept_rows(job, available), "head")
     if job.full:
-        kept = 2 * n * s.vocab  # kept when small, made again otherwise; and the float32 gradient of the head
-        yield Part("gradient of the head", 4 * s.vocab * s.hidden + min(kept, GB), "head")
+        yield Part("gradient of the head", 4 * s.vocab * s.hidden, "head")
+    elif job.head_adapter:
+        yield Part("low-rank inputs of the head, gradient", 2 * 4 * n * job.lora_r, "head")
+
+
+def _kept_rows(job: Job, available: int | None) -> float:
+    """Bytes of gradient rows, a vocabulary wide, that ``linear_logprobs`` holds where the head's gradient needs them.
+
+    All of them if that is a small share of the device, else they are made again: no more than the share at a time.
+    """
+    share = CPU_KEPT_BYTES if job.device == "cpu" else (available or 32 * GB) // 32
+    return min(job.tokens * 64 * math.ceil(job.shape.vocab / 64) * job.width, share)
 
 
 def head_rows(tokens: int, vocab: int, device: str = "cuda") -> int:
@@ -128,6 +157,7 @@ def rollout(job: Job, sequences: int) -> list[Part]:
             prompts * prompt * w * (3 * s.intermediate + 4 * s.hidden),
             "rollout",
         ),
+        Part("largest linear, expanded", expanded(job), "rollout"),
         Part("logits of a step", sequences * s.vocab * (w + 3 * 4), "rollout"),
     ]
 

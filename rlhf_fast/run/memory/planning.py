@@ -87,6 +87,11 @@ class Plan:
         return self.tensors + self.total("outside")
 
     @property
+    def host(self) -> float:
+        """Bytes of pinned host memory."""
+        return self.total("host")
+
+    @property
     def fits(self) -> bool:
         return self.available is None or self.needed <= self.available
 
@@ -104,7 +109,8 @@ class Plan:
         """The plan in one line."""
         chosen = ", ".join(f"{k} {_word(v)}" for k, v in self.settings.items())
         of = "" if self.available is None else f" of {self.available / GB:.1f} GB"
-        return f"memory: {self.tensors / GB:.1f} GB planned{of}: {chosen}"
+        host = f", {self.host / GB:.1f} GB of host memory" if self.host else ""
+        return f"memory: {self.tensors / GB:.1f} GB planned{of}{host}: {chosen}"
 
 
 def _word(value: Any) -> str:
@@ -127,7 +133,7 @@ def plan(
         most = int(room / (sum(p.bytes for p in rollout(job, group)) / group)) if room > 0 else 0
         least = min(sequences, job.rollout_batch_size)
         job = replace(job, rollout_batch_size=max(min(job.rollout_batch_size, most), least))
-    parts = [*always, *passes(job), *(rollout(job, job.rollout_batch_size) if job.samples else [])]
+    parts = [*always, *passes(job, available), *(rollout(job, job.rollout_batch_size) if job.samples else [])]
     made = Plan(job, tuple(p for p in parts if p.bytes), available)
     if job.device == "cpu":
         return made
@@ -214,6 +220,7 @@ def as_dict(made: Plan) -> dict[str, Any]:
         "peaks": {name: round(value) for name, value in made.peaks.items()},
         "tensors": round(made.tensors),
         "needed": round(made.needed),
+        "host": round(made.host),
         "available": made.available,
         "fits": made.fits,
         "settings": made.settings,
