@@ -47,6 +47,7 @@ def job_of(trainer: Trainer) -> Job:
         checkpointing=a.gradient_checkpointing is not False,
         offload=bool(a.offload_activations),
         device=trainer.accelerator.device.type,
+        reward_model=bool(getattr(a, "reward_model_path", None)),
         **trainer.sizes(),
     )
     return replace(job, kernels="fused" if _fused(policy, job) else "peft")

@@ -82,15 +82,22 @@ def passes(job: Job, available: int | None = None) -> list[Part]:
         live = n * saved
         if job.offload:
             parts.append(Part("inputs of the layers", s.layers * _pinned(row, job.device), "host"))
-    # the gradient of the layer's output, and of the MLP's inner ones as many as exist before the first is consumed
-    flight = 2 * row + n * s.intermediate * inner_gradients(job)
     parts += [
         Part("recomputed activations of a layer", live, "layer"),
-        Part("gradients inside a layer", flight, "layer"),
-        Part("largest linear, expanded", expanded(job), "layer"),
+        Part("gradients inside a layer", 2 * row, "layer"),
+        _inside_mlp(job),
         Part("attention backward", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
     ]
     return [p for p in [*parts, *_head(job, available)] if p.bytes]
+
+
+def _inside_mlp(job: Job) -> Part:
+    """Gradients as wide as the MLP, as many as exist at once; or, later, two of them beside an expanded weight."""
+    row = job.tokens * job.shape.intermediate
+    gradients, weight = row * inner_gradients(job), expanded(job)
+    if weight + 2 * row * job.width <= gradients or not weight:
+        return Part("gradients inside the MLP", gradients, "layer")
+    return Part("gradients inside the MLP, a weight expanded", weight + 2 * row * job.width, "layer")
 
 
 def expanded(job: Job) -> int:

@@ -12,7 +12,7 @@ from rlhf_fast.errors import UserError
 
 from .activations import saved_per_token
 from .job import GB, Job, Part
-from .parts import passes, resident, rollout
+from .parts import OPTIMIZER_BYTES, passes, resident, rollout
 
 CONTEXT_BYTES = 600_000_000  # CUDA context, cuBLAS workspaces, loaded kernels
 SLACK = 0.04  # of the peak: rounding and fragments in the caching allocator
@@ -110,7 +110,7 @@ class Plan:
         chosen = ", ".join(f"{k} {_word(v)}" for k, v in self.settings.items())
         of = "" if self.available is None else f" of {self.available / GB:.1f} GB"
         host = f", {self.host / GB:.1f} GB of host memory" if self.host else ""
-        return f"memory: {self.tensors / GB:.1f} GB planned{of}{host}: {chosen}"
+        return f"memory: {self.tensors / GB:.1f} GB planned{of}: {chosen}{host}"
 
 
 def _word(value: Any) -> str:
@@ -176,24 +176,27 @@ def choose(job: Job, available: int, weights: Sequence[Part] | None = None, free
             return made
         if thriftiest is None or made.needed < thriftiest.needed:
             thriftiest = made
-    return replace(thriftiest, rank=len(wanted) * len(options), changes=tuple(_changes(job, available, free)))
+    return replace(thriftiest, rank=len(wanted) * len(options), changes=tuple(_changes(job, available, weights, free)))
 
 
-def _changes(job: Job, available: int, free: Collection[str]) -> Iterator[str]:
-    """What to change about a job that does not fit, each line tried."""
+def _changes(job: Job, available: int, weights: Sequence[Part] | None, free: Collection[str]) -> Iterator[str]:
+    """What to change about a job that does not fit, each line tried; with counted ``weights`` as long as they are true."""
 
     def best(opened: Collection[str] = FREE[1:], size: int = available, **values: Any) -> Plan:
-        options = [plan(o, size) for o in attempts(replace(job, **values), {*free, *opened})]
+        counted = _still_true(weights, job, values)
+        options = [plan(o, size, counted) for o in attempts(replace(job, **values), {*free, *opened})]
         return min(options, key=lambda made: made.needed)
 
     if (made := best()).fits:
         yield "leave it to the plan: " + ", ".join(f"{k}: {_word(v)}" for k, v in made.settings.items())
         return
+    # another base is another model, which nobody has counted
+    source = "" if weights is None else " (weights by the config's sizes, not counted)"
     lora = "use_peft: true, " if job.full else ""
     if job.full and best(full=False, base="bf16").fits:
-        yield lora + "an adapter on frozen weights instead of training them all"
+        yield lora + "an adapter on frozen weights instead of training them all" + source
     elif job.base != "nf4" and "base" not in free and best(full=False, base="nf4").fits:
-        yield lora + "load_in_4bit: true, the frozen base in 4 bit"
+        yield lora + "load_in_4bit: true, the frozen base in 4 bit" + source
     if job.optimizer == "adamw" and best(optimizer="adamw_8bit").fits:
         yield "optim: adamw_8bit, two bytes of optimizer state a weight instead of eight"
     if job.kernels != "fused" and best(kernels="fused").fits:
@@ -206,6 +209,16 @@ def _changes(job: Job, available: int, free: Collection[str]) -> Iterator[str]:
             break
     size = next((size for size in (24, 48, 80, 141) if best(size=size * GB).fits), None)
     yield f"a GPU of {size} GB" if size else "a smaller model: no GPU of up to 141 GB holds this one"
+
+
+def _still_true(weights: Sequence[Part] | None, job: Job, values: dict[str, Any]) -> Sequence[Part] | None:
+    """The counted "always" parts of ``job`` with ``values`` changed, None where only the shape can tell."""
+    if weights is None or values.keys() & {"full", "base"}:
+        return None
+    if "optimizer" not in values:
+        return weights
+    ratio = OPTIMIZER_BYTES[values["optimizer"]] / OPTIMIZER_BYTES[job.optimizer]
+    return [p._replace(bytes=p.bytes * ratio) if p.name == f"{job.optimizer} state" else p for p in weights]
 
 
 def as_dict(made: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,3 +66,42 @@ def test_ppo_adds_a_critic_and_a_frozen_reward_adapter():
     """0.8 GB at most, not three more models."""
     more = [sum(p.bytes for p in memory.resident(Job(shape=QWEN, method=m))) for m in ("ppo", "sft")]
     assert 0.7 * GB < more[0] - more[1] < 0.85 * GB
+
+
+HEAD = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+def test_an_adapter_on_the_head_is_weights_state_gradient_and_rows_that_are_kept():
+    """Rank 16: 16 (3,584 + 152,064) = 2,490,368 numbers. Rows of 152,064 16-bit numbers, up to 1/32 of the device."""
+    plain, headed = (Job(shape=QWEN, lora_targets=targets) for targets in ("all-linear", HEAD))
+    for when, width in (("always", 4 + 8), ("gradients", 4)):
+        sums = [sum(p.bytes for p in memory.resident(job) if p.when == when) for job in (headed, plain)]
+        assert sums[0] - sums[1] == width * 2_490_368
+    for tokens, kept in ((2048, 2048 * 152_064 * 2), (16384, 80 * GB / 32)):
+        more = [plan(replace(job, length=tokens), 80 * GB).total("head") for job in (headed, plain)]
+        assert more[0] - more[1] == kept + 2 * tokens * 16 * 4
+    frozen = [
+        sum(p.bytes for p in memory.resident(replace(j, method="ppo")) if "frozen a" in p.name) for j in (headed, plain)
+    ]
+    assert frozen[0] - frozen[1] == 4 * 2_490_368
+
+
+def test_a_4bit_layer_is_expanded_to_be_multiplied_with():
+    """18,944 x 3,584 numbers of 16 bit. On a few tokens that and two gradients; on many, three gradients are more."""
+    parts = {}
+    for base, tokens in (("bf16", 128), ("nf4", 128), ("nf4", 8192)):
+        (inner,) = [p.bytes for p in memory.passes(Job(shape=QWEN, base=base, length=tokens)) if "MLP" in p.name]
+        parts[base, tokens] = inner / (2 * 18_944)
+    assert parts == {("bf16", 128): 3 * 128, ("nf4", 128): 3584 + 2 * 128, ("nf4", 8192): 3 * 8192}
+    weights = [p for p in memory.rollout(Job(shape=QWEN, base="nf4"), 8) if "expanded" in p.name]
+    assert [p.bytes for p in weights] == [2 * 18_944 * 3584]
+
+
+def test_offloading_says_what_it_takes_of_the_host():
+    """28 inputs of 8,192 x 3,584 16-bit numbers, 58.7 MB each in a buffer of 2^26; none of it is the GPU's."""
+    job = Job(shape=QWEN, length=8192, micro_batch_tokens=8192)
+    kept, offloaded = plan(job), plan(replace(job, offload=True))
+    assert (kept.host, offloaded.host) == (0, 28 * 2**26)
+    assert kept.total("inputs") - offloaded.total("inputs") == 25 * 8192 * 3584 * 2
+    assert "1.9 GB of host memory" in offloaded.line()
+    assert memory.as_dict(offloaded)["host"] == 28 * 2**26

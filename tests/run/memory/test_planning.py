@@ -75,6 +75,30 @@ def test_weights_that_were_counted_replace_those_of_the_shape():
     assert made.total("always") == 123.0
 
 
+def counted(shape, share: float) -> list[Part]:
+    """The parts of an adapter on a base that holds ``share`` of the weights that the shape says."""
+    base = share * 2 * sum(shape.parameters().values())
+    trained = shape.adapter_parameters(16)
+    parts = [Part("frozen weights", base, "always"), Part("trained weights", 4 * trained, "always")]
+    return [*parts, Part("gradients", 4 * trained, "gradients"), Part("adamw state", 8 * trained, "always")]
+
+
+def test_advice_goes_by_the_weights_that_were_counted():
+    """A base of twice the shape's size, 30 GB: on 30 GB neither shorter sequences nor the optimizer's state help."""
+    job, free = Job(shape=QWEN, length=2048), ("checkpointing", "offload", "micro_batch_tokens")
+    made = choose(job, 30 * GB, counted(QWEN, 2), free)
+    assert made.changes == (
+        "load_in_4bit: true, the frozen base in 4 bit (weights by the config's sizes, not counted)",
+        "a GPU of 48 GB",
+    )
+    assert choose(job, 30 * GB, free=free).fits, "by the shape it would"
+    # with a quarter of a GB of Adam's moments too much
+    room = plan(replace(job, offload=True), weights=counted(QWEN, 2)).needed - 0.2 * GB
+    made = choose(job, int(room), counted(QWEN, 2), free)
+    assert "optim: adamw_8bit, two bytes of optimizer state a weight instead of eight" in made.changes
+    assert choose(job, int(room) + GB, counted(QWEN, 2), free).fits
+
+
 def test_advice_is_tried_before_it_is_given():
     made = choose(Job(shape=QWEN, method="sft", full=True), 80 * GB)
     assert not made.fits
