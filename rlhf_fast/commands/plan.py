@@ -117,7 +117,7 @@ def _show(made: Plan, gpu: str) -> None:
         [(p.name, f"{p.bytes / GB:.2f}", WHEN[p.when]) for p in made.parts],
         ("part", "GB", "there"),
     )
-    rows = [(name, f"{value / GB:.2f}") for name, value in peaks.items() if name != "rollout" or job.samples]
+    rows = [(name, f"{value / GB:.2f}") for name, value in peaks.items()]
     rows += [("with what tensors do not account for", f"{made.needed / GB:.2f}")]
     print_table(f"peak: in the {worst}", rows, ("moment", "GB"))
     _verdict(made, gpu)
@@ -130,7 +130,8 @@ WHEN = {
     "update": "forward and backward",
     "head": "loss",
     "layer": "backward of a layer",
-    "rollout": "sampling",
+    "prefill": "rollout: prompts",
+    "decode": "rollout: tokens",
     "outside": "outside",
     "host": "pinned host memory",
 }

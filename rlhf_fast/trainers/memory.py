@@ -184,7 +184,7 @@ def _ballast(trainer: Trainer) -> torch.Tensor:
 
 def _too_large(trainer: Trainer, trial: Trial) -> str:
     made = plan_of(trainer)
-    parts = sorted((p for p in made.parts if p.when != "rollout"), key=lambda p: -p.bytes)[:3]
+    parts = sorted((p for p in made.parts if p.when not in (*memory.SAMPLING, "host")), key=lambda p: -p.bytes)[:3]
     takes = ", ".join(f"{p.name} {p.bytes / GB:.2f} GB" for p in parts)
     return (
         f"out of memory in the {trial.stage} of the smallest micro-batch, one record of {trial.tokens:,} tokens "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from rlhf_fast import (
     SFTTrainer,
 )
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import Policy
+from rlhf_fast.models.adapters import lora_config
+from rlhf_fast.rollout import GenerateEngine, Request
 from rlhf_fast.run.checkpoint import rng_state
-from rlhf_fast.run.memory import GB, Job, Part, Plan, find_shape
+from rlhf_fast.run.memory import GB, Job, Part, Plan, Shape, find_shape, plan
 from rlhf_fast.trainers.memory import _ballast, compare, plan_of, weights_of
 
 ROWS = [{"prompt": f"{i}. ", "completion": w} for i, w in enumerate(["a", "to be", "seventeen", "q", "1,000,000"])]
@@ -175,10 +179,43 @@ def check_peak(method, model, make, scripted=None, tokens=250, **more) -> Plan:
 
     planned = plan_of(made)
     before = sum(p.bytes for p in planned.parts if p.name in ("frozen weights", "trained weights"))
-    update = max(value for moment, value in planned.peaks.items() if moment != "rollout")  # nothing is sampled here
+    update = max(value for moment, value in planned.peaks.items() if "rollout" not in moment)  # nothing is sampled here
     measured = before + peak_bytes(train)
     assert update == pytest.approx(measured, rel=0.1)
     return planned
+
+
+ENGINES = {"generate": GenerateEngine}
+# prompts' lengths, samples of each, new tokens, vocabulary; and whether the prompts or the tokens take the most
+ROLLOUTS = {
+    "long responses": ([64, 50, 40, 33], 8, 96, 2048, "tokens"),
+    "long responses, few prompts": ([16, 9], 8, 128, 2048, "tokens"),
+    "long prompts": ([256, 200] * 4, 2, 16, 2048, "prompts"),
+    "many words": ([16, 12, 12, 8], 8, 32, 20_000, "tokens"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_the_planned_peak_of_a_rollout_is_within_ten_percent_of_what_the_allocator_saw(name, engine, make_model):
+    """Nobody writes an end of sequence, so that every sample is as long as it may be."""
+    prompts, n, new, vocab, moment = ROLLOUTS[name]
+    model = make_model(**{**SMALL, "vocab_size": vocab, "eos_token_id": None})
+    policy = Policy(model, SimpleNamespace(eos_token_id=None))
+    policy.model.requires_grad_(False)
+    policy.adapters.add("policy", lora_config(8))
+    sizes = {"length": max(prompts) + new, "prompt_length": max(prompts), "num_generations": n}
+    shape = Shape.of(model.config.to_dict())
+    job = Job(shape=shape, method="grpo", base="fp32", device="cpu", **sizes, rollout_batch_size=len(prompts) * n)
+    frozen = [Part("weights", 0, "always")]
+    planned = {name: value for name, value in plan(job, weights=frozen).peaks.items() if "rollout" in name}
+    sampler = ENGINES[engine](policy, max_batch_size=job.rollout_batch_size)
+    requests = [Request([1 + i] * length, n=n, max_new_tokens=new, seed=i) for i, length in enumerate(prompts)]
+    samples = []
+    measured = peak_bytes(lambda: samples.extend(sampler.generate(requests)))
+    assert {len(s.ids) for group in samples for s in group} == {new}
+    assert max(planned, key=planned.get) == f"{moment} of a rollout"
+    assert max(planned.values()) == pytest.approx(measured, rel=0.1)
 
 
 def test_weights_are_counted_once_however_often_they_are_used(make, make_model):

@@ -10,7 +10,8 @@ What is alive when (a plan's ``peaks``)::
     backward of the last layer     always + inputs + update + layer (+ gradients, after an earlier micro-batch)
     backward of the first layer    always + gradients + update + layer
     loss                           always + inputs + update + head (+ gradients, after an earlier micro-batch)
-    rollout                        always + rollout
+    prompts of a rollout           always + prefill
+    tokens of a rollout            always + decode
 
 ``inputs`` are the checkpointed inputs of the layers, gone one by one in the backward pass; ``layer`` is what one layer needs
 while it goes backward, ``head`` what the loss needs, ``update`` what is there from the start of a forward pass to the end of
@@ -20,7 +21,7 @@ takes nothing of the GPU.
 
 from .activations import saved_per_token
 from .job import GB, METHODS, WHENS, Job, Part
-from .parts import OPTIMIZER_BYTES, head_rows, kv_per_token, passes, resident, rollout
+from .parts import OPTIMIZER_BYTES, SAMPLING, head_rows, kv_per_token, passes, resident, rollout
 from .planning import CONTEXT_BYTES, FREE, GPUS, SLACK, Plan, as_dict, attempts, choose, gpu_bytes, plan
 from .shapes import ARCHITECTURES, PRESETS, Shape, Traits, find_shape
 
@@ -33,6 +34,7 @@ __all__ = [
     "METHODS",
     "OPTIMIZER_BYTES",
     "PRESETS",
+    "SAMPLING",
     "SLACK",
     "WHENS",
     "Job",

@@ -11,7 +11,7 @@ from .shapes import Linear, Shape
 
 METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
 GB = 10**9
-WHENS = ("always", "gradients", "inputs", "update", "head", "layer", "rollout", "outside", "host")
+WHENS = ("always", "gradients", "inputs", "update", "head", "layer", "prefill", "decode", "outside", "host")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ Each formula stands once, in :func:`resident`, :func:`passes` or :func:`rollout`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .activations import inner_gradients, keeps_inputs, saved_per_token
 from .job import GB, Job, Part
@@ -16,6 +16,7 @@ HEAD_CHUNK_BYTES = 1_060_000_000
 CPU_HEAD_CHUNK_BYTES, CPU_HEAD_MIN_ROWS, CPU_KEPT_BYTES = 48 << 20, 256, 1 << 30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; an 8-bit constant per 64 of them, a float32 per 256 constants
 _8BIT = 2 * (1 + 4 / 256)  # two moments, each with a float32 constant per 256 numbers
+SAMPLING = ("prefill", "decode")
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": _8BIT, "paged_adamw_8bit": _8BIT}
 
 
@@ -70,7 +71,7 @@ def passes(job: Job, available: int | None = None) -> list[Part]:
     saved, row = sum(saved_per_token(job).values()), n * s.hidden * job.stream_width
     parts = [Part("ids, positions, masks", 64 * n, "update")]
     if job.full and w == 2:
-        parts.append(Part("bfloat16 copies of the weights", 2 * sum(s.parameters().values()), "update"))
+        parts.append(Part("bfloat16 copies of the weights", _weight_copies(job), "update"))
     if not job.checkpointing:
         kept = row if keeps_inputs(job) else 0
         parts.append(Part("activations of all layers", s.layers * (kept + n * saved), "inputs"))
@@ -89,6 +90,11 @@ def passes(job: Job, available: int | None = None) -> list[Part]:
         Part("attention backward", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
     ]
     return [p for p in [*parts, *_head(job, available)] if p.bytes]
+
+
+def _weight_copies(job: Job) -> int:
+    """Bytes of what autocast keeps of float32 weights while a pass or a rollout goes on."""
+    return 2 * sum(job.shape.parameters().values()) if job.full and job.width == 2 else 0
 
 
 def _inside_mlp(job: Job) -> Part:
@@ -151,22 +157,34 @@ def head_rows(tokens: int, vocab: int, device: str = "cuda") -> int:
 
 
 def rollout(job: Job, sequences: int) -> list[Part]:
-    """What sampling ``sequences`` at a time needs."""
+    """What sampling ``sequences`` at a time with ``GenerateEngine`` needs: for the prompts, and at the last token of all.
+
+    Prompts are read at once, as rows as long as the longest, each once for all its samples.
+    """
     s, w = job.shape, job.width
     prompt = job.prompt_length if job.prompt_length is not None else job.length // 4
     prompts = math.ceil(sequences / (job.num_generations if job.method == "grpo" else 1))
+    room = min(prompt + max(32, prompt // 4), job.length)  # of a cache's buffers, which grow by a quarter
+    cache = sequences * job.length * kv_per_token(job)
+    # logits, log-probabilities and probabilities in float32, these and their running sums in float64; while a layer runs, logits
+    # of the step before
+    sampling, logits = 28 * sequences * s.vocab, 4 * sequences * s.vocab
+    growing = cache / s.layers + logits  # a layer's buffers grow by copying them
     return [
-        Part(f"keys and values of {sequences} sequences", sequences * job.length * kv_per_token(job), "rollout"),
-        # a layer's buffers grow by copying them
-        Part("a layer's keys and values, again", sequences * job.length * kv_per_token(job) / s.layers, "rollout"),
-        Part(
-            "prompts in a layer",
-            prompts * prompt * w * (3 * s.intermediate + 4 * s.hidden),
-            "rollout",
-        ),
-        Part("largest linear, expanded", expanded(job), "rollout"),
-        Part("logits of a step", sequences * s.vocab * (w + 3 * 4), "rollout"),
+        Part("keys and values of the prompts", prompts * room * kv_per_token(job), "prefill"),
+        Part("prompts in a layer", prompts * prompt * w * (3 * s.intermediate + 6 * s.hidden), "prefill"),
+        Part("mask of the prompts", prompts * prompt**2, "prefill"),
+        Part(f"keys and values of {sequences} sequences", cache, "decode"),
+        Part("sampling a token", sampling, "decode")
+        if sampling > growing
+        else Part("a layer's keys and values again, logits", growing, "decode"),
+        *(Part("weights in bfloat16 to multiply with", expanded(job) + _weight_copies(job), x) for x in SAMPLING),
     ]
+
+
+def rollout_peak(parts: Sequence[Part]) -> float:
+    """Bytes at the worse of the two moments."""
+    return max(sum(p.bytes for p in parts if p.when == when) for when in SAMPLING)
 
 
 def kv_per_token(job: Job) -> int:

@@ -12,7 +12,7 @@ from rlhf_fast.errors import UserError
 
 from .activations import saved_per_token
 from .job import GB, Job, Part
-from .parts import OPTIMIZER_BYTES, passes, resident, rollout
+from .parts import OPTIMIZER_BYTES, passes, resident, rollout, rollout_peak
 
 CONTEXT_BYTES = 600_000_000  # CUDA context, cuBLAS workspaces, loaded kernels
 SLACK = 0.04  # of the peak: rounding and fragments in the caching allocator
@@ -73,7 +73,8 @@ class Plan:
             "backward of the last layer": begun + layer,
             "backward of the first layer": always + gradients + update + layer,
             "loss": begun + self.total("head"),
-            "rollout": always + self.total("rollout"),
+            **({"prompts of a rollout": always + self.total("prefill")} if self.job.samples else {}),
+            **({"tokens of a rollout": always + self.total("decode")} if self.job.samples else {}),
         }
 
     @property
@@ -130,7 +131,7 @@ def plan(
     if job.samples and available is not None:
         room = available / (1 + SLACK) - CONTEXT_BYTES - sum(p.bytes for p in always)
         group = 8 * job.num_generations  # prompts are shared: count whole groups
-        most = int(room / (sum(p.bytes for p in rollout(job, group)) / group)) if room > 0 else 0
+        most = int(room / (rollout_peak(rollout(job, group)) / group)) if room > 0 else 0
         least = min(sequences, job.rollout_batch_size)
         job = replace(job, rollout_batch_size=max(min(job.rollout_batch_size, most), least))
     parts = [*always, *passes(job, available), *(rollout(job, job.rollout_batch_size) if job.samples else [])]
