@@ -44,7 +44,7 @@ def resident(job: Job) -> list[Part]:
         adapter = shape.adapter_parameters(job.lora_r, job.lora_targets)
         trained = adapter * (2 if job.method == "ppo" else 1)
         frozen = int(job.reference) + (job.method == "ppo" and job.reward_model)
-        names = "adapters: policy and critic" if job.method == "ppo" else "adapter"
+        names = "both adapters" if job.method == "ppo" else "adapter"
         parts += [Part(f"{names}, float32", 4 * trained, "always"), *_trained(job, trained, names)]
         if frozen:
             parts.append(Part(f"frozen adapters ({frozen})", 4 * frozen * adapter, "always"))
@@ -102,8 +102,8 @@ def _inside_mlp(job: Job) -> Part:
     row = job.tokens * job.shape.intermediate
     gradients, weight = row * inner_gradients(job), expanded(job)
     if weight + 2 * row * job.width <= gradients or not weight:
-        return Part("gradients inside the MLP", gradients, "layer")
-    return Part("gradients inside the MLP, a weight expanded", weight + 2 * row * job.width, "layer")
+        return Part("MLP's gradients", gradients, "layer")
+    return Part("MLP's gradients, a weight expanded", weight + 2 * row * job.width, "layer")
 
 
 def expanded(job: Job) -> int:
