@@ -104,6 +104,8 @@ def _job(args: Namespace) -> tuple[Job, set[str]]:
         flags["lora_targets"] = targets[0] if len(targets) == 1 else tuple(targets)
     if flags.get("full") and flags.get("base") == "nf4":
         raise UserError("--full trains all weights, and a 4-bit base is frozen: leave one of --full and --base nf4 out")
+    if flags.get("base") == "nf4":
+        flags["full"] = False
     method, config = _config(args) if args.config else (args.method or "sft", None)
     model = args.model or (config and config.model_name_or_path)
     if not model:
@@ -111,7 +113,7 @@ def _job(args: Namespace) -> tuple[Job, set[str]]:
     # a length that is given makes that of the config's prompts irrelevant
     settings = {} if config is None else sources.of_settings(method, config, "length" in flags)
     fields = {**sources.combine(sources.of_run(model), settings), **flags, "method": method}
-    if fields.get("full") and fields.get("base") == "nf4":
+    if fields.get("full") and fields.get("base") == "nf4":  # a run's, of which --full takes the model alone
         del fields["base"]
     beta = args.beta if args.beta is not None else getattr(config, "beta", 0.0)
     reference = sources.needs_reference(method, model, fields.get("full", False), beta)

@@ -36,9 +36,8 @@ def job_of(trainer: Trainer) -> Job:
     name = str(getattr(policy.model, "name_or_path", "")) or config.get("model_type", "")
     lora = policy.adapters.config(policy.role) if policy.adapters.names else None
     wide = policy.model.get_input_embeddings().weight.element_size() == 4 and policy.compute_dtype is None
-    shape = memory.Shape.of(config, name, strict=False)
     job = Job(
-        shape=shape,
+        shape=memory.Shape.of(config, name, strict=False),
         method=trainer.method,
         full=lora is None,
         base="fp32" if wide else "nf4" if is_4bit(policy.model) else "bf16",
@@ -59,10 +58,11 @@ def _targets(modules: str | Collection[str]) -> str | tuple[str, ...]:
 
 def _fused(policy: Policy, job: Job) -> bool:
     """Whether all that can be runs fused in training: a LoRA layer or MLP that does not keeps what PEFT keeps."""
-    layers = ["norm"] if job.full else ["lora"]
-    # gate and up in one linear, as Phi 3 has them, are no MLP of ours
-    if any(x.name.startswith("mlp.") for x in job.adapted) and not job.shape.traits.fused:
-        layers.append("mlp")
+    layers = ["norm"] if job.full else ["lora", "mlp"]
+    known = policy.model.config.get_text_config().model_type in memory.ARCHITECTURES
+    # no MLP of ours is one without an adapter, or with gate and up in one linear, as Phi 3 has them
+    if known and (job.shape.traits.fused or not any(x.name.startswith("mlp.") for x in job.adapted)):
+        layers = layers[:1]
     training = policy.training
     policy.train()  # dropout is PEFT's
     whole = policy.fusion.covers(*layers)

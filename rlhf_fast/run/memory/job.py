@@ -21,9 +21,7 @@ class Job:
     shape: Shape
     method: str = "sft"
     length: int = 2048  # tokens of the longest sequence: prompt and response
-    record_tokens: int | None = (
-        None  # of the largest record; None: one sequence, or the pair that a preference compares
-    )
+    record_tokens: int | None = None  # of the largest record; None: one sequence, or the two that a preference compares
     window_tokens: int | None = None  # of the largest optimizer step: no micro-batch is larger; None: no limit
     prompt_length: int | None = None  # of which prompt, when sampling; None is a quarter
     full: bool = False  # all weights rather than an adapter

@@ -67,11 +67,12 @@ def passes(job: Job, available: int | None = None) -> list[Part]:
     Args:
         available: bytes of the device, of which a share bounds what is kept for a head that is trained.
     """
-    s, n, w = job.shape, job.tokens, job.width
+    s, n = job.shape, job.tokens
     saved, row = sum(saved_per_token(job).values()), n * s.hidden * job.stream_width
-    parts = [Part("ids, positions, masks", 64 * n, "update")]
-    if job.full and w == 2:
-        parts.append(Part("bfloat16 copies of the weights", _weight_copies(job), "update"))
+    parts = [
+        Part("ids, positions, masks", 64 * n, "update"),
+        Part("bfloat16 copies of the weights", _weight_copies(job), "update"),
+    ]
     if not job.checkpointing:
         kept = row if keeps_inputs(job) else 0
         parts.append(Part("activations of all layers", s.layers * (kept + n * saved), "inputs"))
@@ -85,7 +86,7 @@ def passes(job: Job, available: int | None = None) -> list[Part]:
             parts.append(Part("inputs of the layers", s.layers * _pinned(row, job.device), "host"))
     parts += [
         Part("recomputed activations of a layer", live, "layer"),
-        Part("gradients inside a layer", 2 * row, "layer"),
+        Part("gradients of a layer's ends", 2 * row, "layer"),
         _inside_mlp(job),
         Part("attention backward", 0 if job.device == "cpu" else 4 * n * (s.q_width + s.heads), "layer"),
     ]
@@ -166,18 +167,20 @@ def rollout(job: Job, sequences: int) -> list[Part]:
     prompts = math.ceil(sequences / (job.num_generations if job.method == "grpo" else 1))
     room = min(prompt + max(32, prompt // 4), job.length)  # of a cache's buffers, which grow by a quarter
     cache = sequences * job.length * kv_per_token(job)
-    # logits, log-probabilities and probabilities in float32, these and their running sums in float64; while a layer runs, logits
-    # of the step before
-    sampling, logits = 28 * sequences * s.vocab, 4 * sequences * s.vocab
-    growing = cache / s.layers + logits  # a layer's buffers grow by copying them
+    # logits, log-probabilities and probabilities in float32; in float64 the latter again, and their running sums
+    sampling = sequences * s.vocab * (3 * 4 + 2 * 8)
+    # a layer's buffers grow by copying them; logits of the step before are still there
+    growing = cache / s.layers + sequences * s.vocab * 4
     return [
         Part("keys and values of the prompts", prompts * room * kv_per_token(job), "prefill"),
         Part("prompts in a layer", prompts * prompt * w * (3 * s.intermediate + 6 * s.hidden), "prefill"),
         Part("mask of the prompts", prompts * prompt**2, "prefill"),
         Part(f"keys and values of {sequences} sequences", cache, "decode"),
-        Part("sampling a token", sampling, "decode")
-        if sampling > growing
-        else Part("a layer's keys and values again, logits", growing, "decode"),
+        max(
+            Part("sampling a token", sampling, "decode"),
+            Part("a layer's keys and values again, logits", growing, "decode"),
+            key=lambda part: part.bytes,
+        ),
         *(Part("weights in bfloat16 to multiply with", expanded(job) + _weight_copies(job), x) for x in SAMPLING),
     ]
 
