@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlhf_fast.commands import Parser
 from rlhf_fast.errors import UserError
@@ -14,12 +16,22 @@ if TYPE_CHECKING:
     from rlhf_fast.run.memory import Job, Plan
 
 GPUS = ("24", "48", "80", "141")
-# settings that the plan chooses unless they are given: option -> field of a job
-CHOSEN = {
+METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
+# option -> field of a job
+FIELDS = {
+    "length": "length",
+    "prompt_length": "prompt_length",
+    "full": "full",
     "base": "base",
+    "lora_r": "lora_r",
+    "lora_target_modules": "lora_targets",
+    "optim": "optimizer",
+    "kernels": "kernels",
+    "micro_batch_tokens": "micro_batch_tokens",
     "gradient_checkpointing": "checkpointing",
     "offload_activations": "offload",
-    "micro_batch_tokens": "micro_batch_tokens",
+    "rollout_batch_size": "rollout_batch_size",
+    "num_generations": "num_generations",
 }
 
 
@@ -28,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
 
     from rlhf_fast.run import memory
 
-    job = _job(args)
-    free = [field for option, field in CHOSEN.items() if getattr(args, option) is None]
+    job, settled = _job(args)
+    free = [field for field in memory.FREE if field not in settled]
     plans = {name: memory.choose(job, memory.gpu_bytes(name), free=free) for name in args.gpu}
     if args.json:
         print(json.dumps({name: memory.as_dict(made) for name, made in plans.items()}, indent=2))
@@ -44,28 +56,30 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(
         "plan",
         "Print what a run needs in memory, part by part, and the settings that make it fit; nothing is loaded. With one "
-        "--gpu every part, with several a line for each. Exits with 1 when something does not fit.",
+        "--gpu every part, with several a line for each. A run folder's adapter, base and optimizer are its own, a "
+        "--config's settings those of its run; options win over both. Exits with 1 when something does not fit.",
+        argument_default=None,
     )
-    parser.add_argument(
-        "--model", required=True, help="a model or run folder, or a name, as Qwen2.5-7B or Llama-3.1-8B"
-    )
-    parser.add_argument("--method", default="sft", choices=("sft", "reward", "dpo", "ppo", "grpo"), help="algorithm")
-    parser.add_argument("--length", type=_count, default=2048, help="tokens of the longest sequence, prompt included")
-    parser.add_argument(
-        "--prompt_length", type=_count, help="tokens of its prompt, when sampling; a quarter by default"
-    )
-    parser.add_argument("--gpu", nargs="+", default=GPUS, help="sizes in GB, or names as rtx4090, h100")
-    parser.add_argument("--full", action="store_true", help="train all weights rather than a LoRA adapter")
-    parser.add_argument("--base", choices=("bf16", "nf4"), help="frozen weights; the plan chooses when not given")
-    parser.add_argument("--lora_r", type=_count, default=16, help="rank of the adapters")
-    parser.add_argument("--optim", default="adamw", choices=("adamw", "adamw_8bit"), help="8 or 2 bytes per weight")
-    parser.add_argument("--kernels", default="fused", choices=("fused", "peft"), help="whose layers run")
-    parser.add_argument("--micro_batch_tokens", type=_count, help="fixed; the plan chooses when not given")
-    parser.add_argument("--gradient_checkpointing", type=_switch, help="true or false; the plan chooses when not given")
-    parser.add_argument("--offload_activations", type=_switch, help="true or false; the plan chooses when not given")
-    parser.add_argument("--rollout_batch_size", type=_count, default=128, help="most sequences sampled at a time")
-    parser.add_argument("--num_generations", type=_count, default=8, help="of which so many share a prompt, in GRPO")
-    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    add = parser.add_argument
+    add("--model", help="a model or run folder, or a name, as Qwen2.5-7B; needed unless the --config names it")
+    add("--config", metavar="FILE", help="a recipe's name or a YAML file, as the trainers take it")
+    add("--method", choices=METHODS, help="algorithm; that of the --config, or sft")
+    add("--length", type=_count, help="tokens of the longest sequence, prompt included; 2048 when nothing says")
+    add("--prompt_length", type=_count, help="tokens of its prompt, when sampling; a quarter when nothing says")
+    add("--gpu", nargs="+", default=GPUS, help="sizes in GB, or names as rtx4090, h100")
+    add("--full", type=_switch, nargs="?", const=True, help="train all weights rather than a LoRA adapter")
+    add("--base", choices=("bf16", "nf4"), help="frozen weights; the plan chooses when nothing says")
+    add("--lora_r", type=_count, help="rank of the adapters; 16 when nothing says")
+    add("--lora_target_modules", nargs="+", metavar="NAME", help="layers with an adapter, lm_head too; or all-linear")
+    add("--optim", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), help="8 or 2 bytes a weight; adamw")
+    add("--kernels", choices=("fused", "peft"), help="whose layers run; fused when nothing says")
+    add("--beta", type=float, help="of GRPO: above 0 it needs a reference; 0 when nothing says")
+    add("--micro_batch_tokens", type=_count, help="fixed; the plan chooses when nothing says")
+    add("--gradient_checkpointing", type=_switch, help="true or false; the plan chooses when nothing says")
+    add("--offload_activations", type=_switch, help="true or false; the plan chooses when nothing says")
+    add("--rollout_batch_size", type=_count, help="most sequences sampled at a time; 128 when nothing says")
+    add("--num_generations", type=_count, help="of which so many share a prompt, in GRPO; 8 when nothing says")
+    add("--json", action="store_true", default=False, help="print JSON, in bytes")
     return parser.parse_args(argv)
 
 
@@ -81,27 +95,62 @@ def _switch(word: str) -> bool:
     return word.lower() == "true"
 
 
-def _job(args: Namespace) -> Job:
-    from rlhf_fast.run.memory import Job, find_shape
+def _job(args: Namespace) -> tuple[Job, set[str]]:
+    """The job, and the names of its fields that options, config or run settle: options first, then as they come."""
+    from rlhf_fast.run.memory import Job, find_shape, sources
 
-    if args.full and args.base == "nf4":
+    flags = {field: value for option, field in FIELDS.items() if (value := getattr(args, option)) is not None}
+    if isinstance(targets := flags.get("lora_targets"), list):
+        flags["lora_targets"] = targets[0] if len(targets) == 1 else tuple(targets)
+    if flags.get("full") and flags.get("base") == "nf4":
         raise UserError("--full trains all weights, and a 4-bit base is frozen: leave one of --full and --base nf4 out")
-    if args.prompt_length is not None and args.prompt_length > args.length:
-        raise UserError(f"--prompt_length {args.prompt_length} exceeds --length {args.length}, which includes it")
-    given = {field: getattr(args, option) for option, field in CHOSEN.items() if getattr(args, option) is not None}
-    return Job(
-        shape=find_shape(args.model),
-        method=args.method,
-        length=args.length,
-        prompt_length=args.prompt_length,
-        full=args.full,
-        lora_r=args.lora_r,
-        optimizer=args.optim,
-        kernels=args.kernels,
-        rollout_batch_size=args.rollout_batch_size,
-        num_generations=args.num_generations,
-        **given,
-    )
+    if flags.get("base") == "nf4":
+        flags["full"] = False
+    method, config = _config(args) if args.config else (args.method or "sft", None)
+    model = args.model or (config and config.model_name_or_path)
+    if not model:
+        raise UserError("say which model: --model NAME or FOLDER, or model_name_or_path in the --config file")
+    # a length that is given makes that of the config's prompts irrelevant
+    settings = {} if config is None else sources.of_settings(method, config, "length" in flags)
+    fields = {**sources.combine(sources.of_run(model), settings), **flags, "method": method}
+    if fields.get("full") and fields.get("base") == "nf4":  # a run's, of which --full takes the model alone
+        del fields["base"]
+    beta = args.beta if args.beta is not None else getattr(config, "beta", 0.0)
+    reference = sources.needs_reference(method, model, fields.get("full", False), beta)
+    job = Job(shape=find_shape(model), reference=reference, **fields)
+    if config is not None:
+        job = replace(job, window_tokens=sources.window_tokens(config, job.unit))
+    _check(job)
+    return job, set(fields)
+
+
+def _config(args: Namespace) -> tuple[str, Any]:
+    """The method that ``--config`` is for, and its trainer's config; reads the trainer, which takes a few seconds."""
+    import importlib
+
+    from rlhf_fast.cli import COMMANDS
+    from rlhf_fast.run.config import parse_config
+
+    word = Path(args.config).name.removesuffix(".yaml").split("-")[0]
+    method = args.method or (word if word in METHODS else None)
+    if method is None:
+        raise UserError(f"--config {args.config}: its name does not begin with a method; add --method METHOD")
+    module, prefix = COMMANDS[method].target.split(":")
+    config_class = getattr(importlib.import_module(f"rlhf_fast.{module}"), f"{prefix}Config")
+    return method, parse_config(config_class, ["--config", args.config])
+
+
+def _check(job: Job) -> None:
+    """Raise UserError for sizes and names that do not go together."""
+    if job.prompt_length is not None and job.prompt_length > job.length:
+        raise UserError(f"--prompt_length {job.prompt_length} exceeds --length {job.length}, which includes it")
+    if not job.full and not job.shape.adapted(job.lora_targets):
+        names = ", ".join(dict.fromkeys(x.name.rpartition(".")[2] for x in job.shape.linears))
+        wanted = job.lora_targets if isinstance(job.lora_targets, str) else ", ".join(job.lora_targets)
+        raise UserError(
+            f"lora_target_modules {wanted} matches no layer of {job.shape.name}; two or more names of {names}, lm_head, "
+            "one pattern such as '.*v_proj', or all-linear"
+        )
 
 
 def _show(made: Plan, gpu: str) -> None:
@@ -117,7 +166,7 @@ def _show(made: Plan, gpu: str) -> None:
         [(p.name, f"{p.bytes / GB:.2f}", WHEN[p.when]) for p in made.parts],
         ("part", "GB", "there"),
     )
-    rows = [(name, f"{value / GB:.2f}") for name, value in peaks.items() if name != "rollout" or job.samples]
+    rows = [(name, f"{value / GB:.2f}") for name, value in peaks.items()]
     rows += [("with what tensors do not account for", f"{made.needed / GB:.2f}")]
     print_table(f"peak: in the {worst}", rows, ("moment", "GB"))
     _verdict(made, gpu)
@@ -126,12 +175,14 @@ def _show(made: Plan, gpu: str) -> None:
 WHEN = {
     "always": "always",
     "gradients": "after a backward pass",
-    "inputs": "until its layer's backward",
+    "inputs": "to its layer's backward",
     "update": "forward and backward",
     "head": "loss",
     "layer": "backward of a layer",
-    "rollout": "sampling",
+    "prefill": "rollout: prompts",
+    "decode": "rollout: tokens",
     "outside": "outside",
+    "host": "pinned host memory",
 }
 
 
@@ -139,6 +190,7 @@ def _verdict(made: Plan, gpu: str) -> None:
     from rlhf_fast.run.memory import GB, head_rows
 
     room = f"{made.needed / GB:.1f} of {made.available / GB:.1f} GB"
+    room += f", and {made.host / GB:.1f} GB of host memory" if made.host else ""
     print(f"\n{'fits' if made.fits else 'does NOT fit'} on --gpu {gpu}: {room}")
     if made.fits:
         print("settings:")
@@ -164,24 +216,12 @@ def _compare(plans: dict[str, Plan]) -> None:
     rows = []
     for name, made in plans.items():
         j = made.job
-        row = [
-            name,
-            f"{made.needed / GB:.1f}" + ("" if made.fits else ", too much"),
-            "all weights" if j.full else j.base,
-        ]
+        row = [name, f"{made.needed / GB:.1f}", "yes" if made.fits else "NO", "full" if j.full else j.base]
         row += [f"{j.tokens:,}", "yes" if j.checkpointing else "no", "yes" if j.offload else "no"]
         rows.append([*row, *([str(j.rollout_batch_size)] if j.samples else [])])
-    header = [
-        "GPU",
-        "GB needed",
-        "base",
-        "micro_batch_tokens",
-        "checkpointing",
-        "offload",
-        *["sampled at a time"] * job.samples,
-    ]
+    header = ["GPU", "GB", "fits", "base", "tokens", "recompute", "offload", *["sampled"] * job.samples]
     print_table(f"{job.method} of {job.shape.name}, {job.length:,} tokens", rows, header)
     for name, made in plans.items():
         for change in made.changes:
             print(f"--gpu {name} would do with: {change}")
-    print("\n--gpu with one of them shows every part")
+    print("\ntokens of a micro-batch at most; --gpu with one of them shows every part")

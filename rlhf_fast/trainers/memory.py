@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,27 +35,38 @@ def job_of(trainer: Trainer) -> Job:
     a, policy = trainer.args, trainer.policy
     config = policy.model.config.to_dict()
     name = str(getattr(policy.model, "name_or_path", "")) or config.get("model_type", "")
+    lora = policy.adapters.config(policy.role) if policy.adapters.names else None
     wide = policy.model.get_input_embeddings().weight.element_size() == 4 and policy.compute_dtype is None
-    return Job(
+    job = Job(
         shape=memory.Shape.of(config, name, strict=False),
         method=trainer.method,
-        full=not policy.adapters.names,
+        full=lora is None,
         base="fp32" if wide else "nf4" if is_4bit(policy.model) else "bf16",
-        lora_r=policy.adapters.config(policy.role).r if policy.adapters.names else a.lora_r,
-        kernels="fused" if _fused(policy) else "peft",
+        **({} if lora is None else {"lora_r": lora.r, "lora_targets": _targets(lora.target_modules)}),
         optimizer=a.optim,
         checkpointing=a.gradient_checkpointing is not False,
         offload=bool(a.offload_activations),
         device=trainer.accelerator.device.type,
+        reward_model=bool(getattr(a, "reward_model_path", None)),
         **trainer.sizes(),
     )
+    return replace(job, kernels="fused" if _fused(policy, job) else "peft")
 
 
-def _fused(policy: Policy) -> bool:
+def _targets(modules: str | Collection[str]) -> str | tuple[str, ...]:
+    return modules if isinstance(modules, str) else tuple(sorted(modules))
+
+
+def _fused(policy: Policy, job: Job) -> bool:
     """Whether all that can be runs fused in training: a LoRA layer or MLP that does not keeps what PEFT keeps."""
+    layers = ["norm"] if job.full else ["lora", "mlp"]
+    known = policy.model.config.get_text_config().model_type in memory.ARCHITECTURES
+    # no MLP of ours is one without an adapter, or with gate and up in one linear, as Phi 3 has them
+    if known and (job.shape.traits.fused or not any(x.name.startswith("mlp.") for x in job.adapted)):
+        layers = layers[:1]
     training = policy.training
     policy.train()  # dropout is PEFT's
-    whole = policy.fusion.covers("lora", "mlp") if policy.adapters.names else policy.fusion.covers("norm")
+    whole = policy.fusion.covers(*layers)
     policy.train(training)
     return whole
 
@@ -217,7 +228,7 @@ def _ballast(trainer: Trainer) -> torch.Tensor:
 
 def _too_large(trainer: Trainer, trial: Trial) -> str:
     made = plan_of(trainer)
-    parts = sorted((p for p in made.parts if p.when != "rollout"), key=lambda p: -p.bytes)[:3]
+    parts = sorted((p for p in made.parts if p.when not in (*memory.SAMPLING, "host")), key=lambda p: -p.bytes)[:3]
     takes = ", ".join(f"{p.name} {p.bytes / GB:.2f} GB" for p in parts)
     return (
         f"out of memory in the {trial.stage} of the smallest micro-batch, one record of {trial.tokens:,} tokens "

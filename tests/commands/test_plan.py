@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast.cli import main
-from rlhf_fast.run.config import build_config
-from rlhf_fast.trainers.sft import SFTConfig
+from rlhf_fast.models.scratch import new_model
+from rlhf_fast.run.config import build_config, save_config
+from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,12 +46,15 @@ def test_every_question_has_an_answer(model, method, capsys):
     assert time.perf_counter() - began < 30, "twelve plans"
 
 
-def test_the_answer_needs_no_torch_and_no_transformers():
+def test_the_answer_needs_no_torch_and_no_transformers(run_folder):
     code = (
         "import sys; from rlhf_fast.cli import main; main(['plan', '--model', 'Qwen2.5-7B', '--gpu', '24']); "
+        "main(['plan', '--model', sys.argv[1]]); "
         "bad = {'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules); assert not bad, bad"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run_folder)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "fits on --gpu 24" in done.stdout
 
@@ -58,7 +62,7 @@ def test_the_answer_needs_no_torch_and_no_transformers():
 def test_one_gpu_shows_every_part_and_settings_that_a_trainer_takes(capsys):
     code, out, _ = ask(capsys, "--model", "Qwen2.5-7B", "--method", "ppo", "--gpu", "rtx4090")
     assert code == 0
-    for part in ("linear layers", "head", "adapters: policy and critic", "inputs of the layers", "keys and values"):
+    for part in ("linear layers", "head", "both adapters", "inputs of the layers", "keys and values"):
         assert part in out
     lines = out.split("settings:\n")[1].splitlines()
     chosen = dict(line.strip().split(": ") for line in lines if line.startswith("  "))
@@ -71,7 +75,7 @@ def test_one_gpu_shows_every_part_and_settings_that_a_trainer_takes(capsys):
 def test_several_gpus_get_a_line_each_and_what_does_not_fit_a_remedy(capsys):
     code, out, _ = ask(capsys, "--model", "Qwen2.5-7B", "--method", "dpo", "--length", 32768, "--gpu", 24, 80)
     assert code == 1
-    assert "too much" in out
+    assert "NO" in out
     assert "--gpu 24 would do with: sequences of at most 16,384 tokens" in out
     assert "--gpu 80 would" not in out
 
@@ -89,6 +93,135 @@ def test_what_is_given_is_not_chosen(capsys):
     assert needs[0] != needs[1]
 
 
+def one(capsys, *argv):
+    """The answer for 80 GB."""
+    return json.loads(ask(capsys, *argv, "--json", "--gpu", 80)[1])["80"]
+
+
+def part(answer, name: str) -> float:
+    return sum(p["bytes"] for p in answer["parts"] if name in p["name"])
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run of QLoRA, as far as its files matter: rank 64 on queries, values and the head, moments in 8 bit."""
+    folder = tmp_path / "runs" / "sft-7b"
+    folder.mkdir(parents=True)
+    adapter = {"base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct", "r": 64}
+    adapter["target_modules"] = ["lm_head", "v_proj", "q_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "rlhf_fast.json").write_text(json.dumps({"role": "policy", "base": {"format": "nf4 on cuda"}}))
+    save_config(SFTConfig(use_peft=True, load_in_4bit=True, optim="adamw_8bit"), folder / "config.yaml")
+    return folder
+
+
+def test_a_run_folder_goes_on_as_it_was_trained(run_folder, capsys):
+    answer = one(capsys, "--model", run_folder, "--method", "grpo")
+    assert answer["model"] == "Qwen/Qwen2.5-7B"
+    assert (answer["base"], answer["optim"], answer["lora_r"]) == ("nf4", "adamw_8bit", 64)
+    assert answer["lora_target_modules"] == ["lm_head", "q_proj", "v_proj"]
+    adapter = 64 * (28 * (3584 + 3584 + 3584 + 512) + 3584 + 152_064)
+    assert part(answer, "adapter, float32") == 4 * adapter
+    flags = ["--lora_r", 8, "--base", "bf16", "--optim", "adamw", "--lora_target_modules", "all-linear"]
+    changed = one(capsys, "--model", run_folder, "--method", "grpo", *flags)
+    assert [changed[k] for k in ("lora_r", "base", "optim", "lora_target_modules")] == [
+        8,
+        "bf16",
+        "adamw",
+        "all-linear",
+    ]
+
+
+def test_what_goes_on_from_a_trained_adapter_keeps_it_as_the_reference(run_folder, capsys):
+    """Its 4-byte copy, besides the reward model's in PPO; GRPO needs none unless beta says so, SFT never."""
+    adapter = part(one(capsys, "--model", run_folder), "adapter, float32")
+    for method, more, frozen in (
+        ("sft", [], 0),
+        ("dpo", [], 1),
+        ("grpo", [], 0),
+        ("grpo", ["--beta", 0.1], 1),
+        ("ppo", [], 2),
+    ):
+        answer = one(capsys, "--model", run_folder, "--method", method, *more)
+        assert part(answer, "frozen adapters") == frozen * adapter
+    fresh = one(capsys, "--model", "Qwen2.5-7B", "--method", "dpo")
+    assert part(fresh, "frozen adapters") == 0, "the base is the reference"
+
+
+def test_the_files_of_a_real_run_are_those_that_the_plan_reads(tmp_path, capsys):
+    model = new_model("nano", ["a b c"], tmp_path / "base", quiet=True)
+    settings = {"use_peft": True, "lora_r": 3, "lora_target_modules": ["q_proj", "lm_head"], "fused_layers": False}
+    config = SFTConfig(**settings, output_dir=str(tmp_path / "run"), max_steps=1, quiet=True)
+    trainer = SFTTrainer(str(model), config, train_dataset=[{"prompt": "a", "completion": " b"}] * 8)
+    trainer.train()
+    answer = one(capsys, "--model", tmp_path / "run", "--method", "dpo")
+    assert (answer["base"], answer["kernels"], answer["reference"]) == ("bf16", "peft", True)
+    trained = sum(p.numel() for p in trainer.policy.parameters() if p.requires_grad)
+    assert part(answer, "adapter, float32") == part(answer, "frozen adapters") == 4 * trained
+    config = SFTConfig(output_dir=str(tmp_path / "full"), max_steps=1, quiet=True)
+    SFTTrainer(str(model), config, train_dataset=[{"prompt": "a", "completion": " b"}] * 8).train()
+    assert one(capsys, "--model", tmp_path / "full")["full"]
+    assert not one(capsys, "--model", tmp_path / "full", "--full", "false")["full"]
+
+
+def test_a_recipe_is_planned_as_its_trainer_would_run_it(capsys):
+    """grpo-7b-qlora: prompts of 512 tokens, 768 sampled, 64 at a time, groups of 8 with each prompt read once."""
+    answer = one(capsys, "--config", "grpo-7b-qlora")
+    assert (answer["method"], answer["length"], answer["base"], answer["lora_r"]) == ("grpo", 1280, "nf4", 16)
+    assert answer["settings"]["rollout_batch_size"] == 64
+    assert part(answer, "mask of the prompts") == 64 / 8 * 512**2
+    assert answer["settings"]["micro_batch_tokens"] <= 128 * 1280, "no larger than an optimizer step"
+    flags = ["--model", "Llama-3.1-8B", "--num_generations", 4, "--length", 2048, "--base", "bf16", "--method", "grpo"]
+    changed = one(capsys, "--config", "grpo-7b-qlora", *flags)
+    assert (changed["model"], changed["length"], changed["base"]) == ("meta-llama/Llama-3.1-8B", 2048, "bf16")
+    assert part(changed, "mask of the prompts") == 64 / 4 * 512**2
+
+
+def test_a_config_of_ones_own_says_what_stays_and_what_the_plan_chooses(tmp_path, capsys, run_folder):
+    path = tmp_path / "dpo-mine.yaml"
+    lines = ["use_peft: true", "max_length: 3000", "gradient_checkpointing: true", "offload_activations: true"]
+    lines += ["optim: paged_adamw_8bit", "lora_r: 4", "micro_batch_tokens: 7000", "lora_target_modules: '.*_proj'"]
+    path.write_text("\n".join(["model_name_or_path: Qwen/Qwen2.5-7B", *lines]))
+    answer = one(capsys, "--config", path)
+    assert (answer["method"], answer["length"], answer["optim"]) == ("dpo", 3000, "paged_adamw_8bit")
+    assert answer["settings"] == {
+        "micro_batch_tokens": 7000,
+        "gradient_checkpointing": True,
+        "offload_activations": True,
+    }
+    everything = one(capsys, "--model", "Qwen2.5-7B", "--lora_r", 4)
+    assert part(answer, "adapter, float32") == part(everything, "adapter, float32"), "the pattern is all of a layer"
+    assert answer["host"] > 0
+    assert f"and {answer['host'] / 1e9:.1f} GB of host memory" in ask(capsys, "--config", path, "--gpu", 80)[1]
+    # going on from a run: its adapter, and a base that was held in 4 bit
+    onward = one(capsys, "--config", path, "--model", run_folder)
+    assert (onward["lora_r"], onward["base"], onward["optim"]) == (64, "nf4", "paged_adamw_8bit")
+    assert onward["reference"]
+    path.write_text("max_lenth: 10")
+    assert "did you mean max_length?" in ask(capsys, "--config", path)[2]
+    rl = tmp_path / "grpo.yaml"
+    rl.write_text("model_name_or_path: Qwen/Qwen2.5-7B\nmax_prompt_length: null\nuse_peft: true")
+    assert "leaves max_prompt_length open" in ask(capsys, "--config", rl)[2]
+    assert one(capsys, "--config", rl, "--length", 4096)["length"] == 4096
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo", "grpo"])
+def test_tables_fit_80_columns_without_a_broken_word(method, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    asked = ["--model", "Llama-3.1-8B", "--method", method]
+    thrifty = ["--optim", "paged_adamw_8bit", "--lora_target_modules", "q_proj", "lm_head", "--length", 32768]
+    for more in ([], ["--full"], [*thrifty, "--base", "nf4", "--offload_activations", "true"]):
+        _, out, _ = ask(capsys, *asked, *more, "--gpu", "24", "80", "141", "rtx4090")
+        (header,) = [line for line in out.splitlines() if "GPU" in line and "GB" in line and "┃" in line]
+        assert all(word in header for word in ("fits", "base", "tokens", "recompute", "offload"))
+        tables = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+        _, out, _ = ask(capsys, *asked, *more, "--gpu", "141")
+        tables += [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+        assert max(map(len, tables)) <= 80
+        for row in one(capsys, *asked, *more)["parts"]:
+            assert f"│ {row['name']} " in out or row["name"].startswith(("logits of", "keys and values of"))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -98,7 +231,14 @@ def test_what_is_given_is_not_chosen(capsys):
         (["--model", "Qwen2.5-7B", "--offload_activations", "maybe"], "'maybe' is neither true nor false"),
         (["--model", "Qwen2.5-7B", "--full", "--base", "nf4"], "leave one of --full and --base nf4 out"),
         (["--model", "Qwen2.5-7B", "--prompt_length", "4096"], "--prompt_length 4096 exceeds --length 2048"),
-        (["--gpu", "24"], "the following arguments are required: --model"),
+        (["--gpu", "24"], "say which model: --model NAME or FOLDER, or model_name_or_path in the --config file"),
+        (["--model", "Qwen2.5-7B", "--full", "perhaps"], "'perhaps' is neither true nor false"),
+        (
+            ["--model", "Qwen2.5-7B", "--lora_target_modules", "query", "value"],
+            "query, value matches no layer of Qwen/",
+        ),
+        (["--config", "sft-8b-lora"], "sft-8b-lora does not exist"),
+        (["--config", "mine.yaml"], "--config mine.yaml: its name does not begin with a method; add --method METHOD"),
     ],
 )
 def test_mistakes_are_answered_with_a_fix(argv, message, capsys):
