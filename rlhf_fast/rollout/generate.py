@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.decoding import Decoded, DecodingLoop, Rows
 from rlhf_fast.rollout.engine import Request, Sample
+from rlhf_fast.rollout.sampling import Settings, draw_seed, random_stream, settings_row
 
 
 class GenerateEngine:
@@ -60,7 +61,7 @@ class GenerateEngine:
             RuntimeError: the model's logits are not finite.
         """
         requests = list(requests)
-        seeds = [_draw_seed() if r.seed is None else r.seed for r in requests]
+        seeds = [draw_seed() if r.seed is None else r.seed for r in requests]
         samples: list[list[Sample | None]] = [[None] * r.n for r in requests]
         done = 0
         with self.policy.generation_model(self.role) as model, _own_generation_config(model):
@@ -209,9 +210,4 @@ def _pad_left(prompts: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]
 
 def _uniforms(keys: list[tuple[int, int]], steps: int) -> torch.Tensor:
     """(R, steps) float64 in [0, 1): one stream of random numbers for each (seed, sample)."""
-    streams = [np.random.Philox(key=np.array([seed % 2**64, sample], dtype=np.uint64)) for seed, sample in keys]
-    return torch.from_numpy(np.stack([np.random.Generator(stream).random(steps) for stream in streams]))
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(2**62, ()))
+    return torch.from_numpy(np.stack([random_stream(*key).random(steps) for key in keys]))
