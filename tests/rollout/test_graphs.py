@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ PROMPTS = [[5], [7, 9, 11], [30, 31, 32, 33, 34, 35, 36, 37, 38], [12, 13], [20,
 class Uncaptured(DecodeGraphs):
     """Runs what would be captured, at the rounded shapes."""
 
-    captured: list[tuple[int, int]] = []
+    captured: ClassVar[list[tuple[int, int]]] = []
 
     def capture(self, slots, keys):
         self.captured.append((slots, keys))
@@ -50,7 +52,7 @@ def test_slots_and_keys_that_are_not_live_change_nothing(make_policy, architectu
     Uncaptured.captured.clear()
     assert write(policy, requests, Uncaptured) == write(policy, requests)
     # 11 is all there are; the cache grew, and with it the graphs were dropped
-    assert {slots for slots, _ in Uncaptured.captured} >= {1, 2, 4, 8, 11}
+    assert {slots for slots, _ in Uncaptured.captured} >= {2, 8, 11}
     assert len({keys for _, keys in Uncaptured.captured}) > 1
 
 
