@@ -31,7 +31,10 @@ class Request:
     temperature: float = 1.0  # logits are divided by it; 0 is greedy
     top_p: float = 1.0  # keep the smallest set of tokens with this probability; 1 keeps all
     top_k: int = 0  # keep this many tokens; 0 keeps all
+    min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest; 0 keeps all
+    repetition_penalty: float = 1.0  # logits of tokens seen, prompt included, are made this much smaller; 1 is off
     stop: tuple[str, ...] = ()  # strings that end a sample, in addition to the EOS tokens
+    stop_ids: tuple[int, ...] = ()  # tokens that end a sample, in addition to the EOS tokens
     seed: int | None = None  # None draws one from torch's global generator
 
     def __post_init__(self) -> None:
@@ -42,11 +45,19 @@ class Request:
             "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off), and finite"),
             "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of non-empty strings"),
+            "stop_ids": (all(isinstance(i, int) and i >= 0 for i in self.stop_ids), "a tuple of token ids"),
         }
         for name, (ok, wanted) in limits.items():
             if not ok:
                 raise UserError(f"generation: {name} must be {wanted}, got {getattr(self, name)!r}.")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether samples come from another distribution than the softmax at ``temperature``."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 @dataclass
@@ -55,8 +66,9 @@ class Sample:
 
     ids: list[int]  # (T,) the new tokens, the EOS that ended them included: it is trained like any other
     logprobs: list[float]  # (T,) full-vocabulary log-softmax at the sampling temperature (greedy: at 1)
-    finish_reason: str  # "stop": an EOS token or a stop string; "length": out of tokens or of context
+    finish_reason: str  # "stop": an EOS token, a stop id or a stop string; "length": out of tokens or of context
     policy_version: int = 0  # version of the weights that wrote it
+    filtered_logprobs: list[float] | None = None  # (T,) under what was sampled from: filtered, penalised, renormalised
 
 
 @runtime_checkable

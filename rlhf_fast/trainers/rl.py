@@ -14,7 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
+from rlhf_fast.rollout import Engine, check_for_rl, engine_for
 
 from .config import RLConfig
 from .trainer import Trainer
@@ -25,7 +25,7 @@ class RLTrainer(Trainer):
 
     Args:
         reward_funcs: one or more reward functions or their names, see :mod:`rlhf_fast.rewards`; those of ``args`` when None.
-        engine: a rollout engine; ``transformers.generate`` in process when None. It is told the step before every rollout
+        engine: a rollout engine; :func:`rlhf_fast.rollout.engine_for` chooses one in process when None. It is told the step before every rollout
             (``update(None, step)``) and must sample from ``policy``'s weights as they are then.
     """
 
@@ -37,8 +37,8 @@ class RLTrainer(Trainer):
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
         super().__init__(model, args, **kwargs)
-        self.engine = engine or GenerateEngine(
-            self.policy, max_batch_size=self.rollout_batch_size or args.rollout_batch_size
+        self.engine = engine or engine_for(
+            self.policy, slots=self.rollout_batch_size or args.rollout_batch_size, max_tokens=self.rollout_tokens
         )
         check_for_rl(self.engine, temperature=args.temperature)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
@@ -71,6 +71,13 @@ class RLTrainer(Trainer):
     def rollout_batch_size(self) -> int | None:
         """Most sequences sampled at once by the memory plan, which may be fewer than asked; None without a plan."""
         return None if self.memory_plan is None else self.memory_plan.job.rollout_batch_size
+
+    @property
+    def rollout_tokens(self) -> int | None:
+        """Most tokens whose keys and values rollouts may hold by the memory plan; None without a plan."""
+        return (
+            None if self.memory_plan is None else self.memory_plan.job.rollout_batch_size * self.memory_plan.job.length
+        )
 
     def examples(self, record: Experience) -> list[Example]:
         return [record.example]
@@ -131,6 +138,8 @@ class RLTrainer(Trainer):
             temperature=a.temperature,
             seed=a.seed * 1_000_003 + self.first_row,
         )
+        if "sleep" in self.engine.capabilities:  # the update needs the memory
+            self.engine.sleep()
         self.add_times(self.rollouts.seconds)
         return experiences, metrics
 
@@ -153,7 +162,8 @@ class RLTrainer(Trainer):
             self.rollouts.functions,
             reward_weights=a.reward_weights,
             max_new_tokens=a.max_completion_length,
-            max_batch_size=self.rollout_batch_size or a.rollout_batch_size,
+            slots=self.rollout_batch_size or a.rollout_batch_size,
+            max_tokens=self.rollout_tokens,
         )
         return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
 
