@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from rlhf_fast.rollout.sampling import Settings, sample
+
 
 @dataclass
 class Rows:
@@ -23,11 +25,10 @@ class Rows:
 
     prompt: Tensor  # (R,) long, which of the batch's prompts the row continues
     limit: Tensor  # (R,) long, most new tokens
-    temperature: Tensor  # (R,) float32, 0 is greedy
-    top_p: Tensor  # (R,) float32
-    top_k: Tensor  # (R,) long, 0 keeps all
+    settings: Settings  # how to sample
     uniforms: Tensor  # (R, T) float64 in [0, 1), one random number per token
     stop: Sequence[Sequence[str]]  # R tuples of stop strings
+    stop_ids: Sequence[Sequence[int]]  # R tuples of tokens that end the row
     eos: Tensor  # (E,) long, the tokens that end a sequence; may be empty
 
 
@@ -37,6 +38,7 @@ class Decoded:
 
     tokens: Tensor  # (R, T) long
     logprobs: Tensor  # (R, T) float32
+    filtered_logprobs: Tensor | None  # (R, T) float32, under the distribution sampled from; None without filters
     lengths: Tensor  # (R,) long
     stopped: Tensor  # (R,) bool, by an EOS token or a stop string
 
@@ -102,8 +104,8 @@ class DecodingLoop:
         self.lengths = torch.zeros_like(rows.prompt)
         self.stopped = torch.zeros_like(rows.prompt, dtype=torch.bool)
         self.going = torch.ones_like(self.stopped)  # False once a row has ended, even while it is still in the batch
-        self.greedy = bool((rows.temperature == 0).all())
-        self.filtered = bool(((rows.top_p < 1) | (rows.top_k > 0)).any())
+        self.filtered_logprobs = torch.zeros_like(self.logprobs) if rows.settings.filtered else None
+        self.seen: Tensor | None = None  # (R, V) bool, for repetition penalties
         # a stop string of b bytes ends inside the last b tokens; one more shows what stands before it
         self.tail = 1 + max((len(s.encode()) for strings in rows.stop for s in strings), default=0)
 
@@ -140,6 +142,8 @@ class DecodingLoop:
                 input_ids, model_kwargs = select(self.rows.prompt, input_ids, model_kwargs)
                 logits = logits[self.rows.prompt]
 
+            if first and self.rows.settings.penalised:
+                self._note_prompts(input_ids, model_kwargs["attention_mask"], logits.shape[1])
             token = self._sample(logits, live, step)
             input_ids = torch.cat([input_ids, token[:, None]], dim=1)
             going = self._finish(token, live, step)
@@ -151,29 +155,33 @@ class DecodingLoop:
                 kept = going.nonzero().squeeze(1)
                 live = live[kept]
                 input_ids, model_kwargs = select(kept, input_ids, model_kwargs)
-        return Decoded(self.tokens, self.logprobs, self.lengths, self.stopped)
+        return Decoded(self.tokens, self.logprobs, self.filtered_logprobs, self.lengths, self.stopped)
+
+    def _note_prompts(self, input_ids: Tensor, attention_mask: Tensor, vocabulary: int) -> None:
+        """Mark the prompts' tokens as seen; (R, L) each, padded on the left."""
+        self.seen = torch.zeros(len(input_ids), vocabulary, dtype=torch.bool, device=input_ids.device)
+        rows, columns = attention_mask[:, : input_ids.shape[1]].nonzero(as_tuple=True)
+        self.seen[rows, input_ids[rows, columns]] = True
 
     def _sample(self, logits: Tensor, live: Tensor, step: int) -> Tensor:
         """Choose and record a token for each live row; logits are (R_live, V) float32."""
-        rows = self.rows
-        temperature = rows.temperature[live, None]
-        logprobs = (logits / torch.where(temperature == 0, 1.0, temperature)).log_softmax(-1)
-        token = logprobs.argmax(-1)
-        if not self.greedy:
-            weights, order = logprobs.exp(), None
-            if self.filtered:
-                weights, order = keep_top(weights, rows.top_k[live], rows.top_p[live])
-            drawn = invert_cdf(weights, rows.uniforms[live, step])
-            drawn = drawn if order is None else order.gather(1, drawn[:, None]).squeeze(1)
-            token = torch.where(temperature.squeeze(1) == 0, token, drawn)
-        self.tokens[live, step] = token
-        self.logprobs[live, step] = logprobs.gather(1, token[:, None]).squeeze(1)
-        return token
+        seen = None if self.seen is None else self.seen[live]
+        drawn = sample(logits, self.rows.settings.rows(live), self.rows.uniforms[live, step], seen)
+        self.tokens[live, step] = drawn.token
+        self.logprobs[live, step] = drawn.logprob
+        if self.filtered_logprobs is not None:
+            self.filtered_logprobs[live, step] = drawn.filtered_logprob.float()
+        if self.seen is not None:
+            self.seen[live, drawn.token] = True
+        return drawn.token
 
     def _finish(self, token: Tensor, live: Tensor, step: int) -> Tensor:
         """Note which rows ended with ``token``; returns (R_live,) bool, True where a row goes on."""
         was_going = self.going[live]
         ended = torch.isin(token, self.rows.eos)
+        if any(self.rows.stop_ids):
+            pairs = zip(live.tolist(), token.tolist())
+            ended |= torch.tensor([t in self.rows.stop_ids[row] for row, t in pairs], device=token.device)
         if self.tail > 1:
             ended |= self._hits_stop_string(live, step)
         going = was_going & ~ended & (step + 1 < self.rows.limit[live])
@@ -187,36 +195,6 @@ class DecodingLoop:
         texts = self.tokenizer.batch_decode(recent, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         hits = [any(s in text for s in self.rows.stop[row]) for row, text in zip(live.tolist(), texts)]
         return torch.tensor(hits, device=live.device)
-
-
-def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample one index per row in proportion to ``weights`` (R, V), given ``uniforms`` (R,) float64 in [0, 1).
-
-    One random number per sample, where ``torch.multinomial`` draws V; float64 sums, because float32 ones would lose
-    every token less likely than 6e-8. An index of weight 0 is never returned.
-    """
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    found = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
-    return found.squeeze(1).clamp_(max=weights.shape[1] - 1)
-
-
-def keep_top(weights: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero all but the ``top_k`` likeliest tokens, then all but the smallest set of them that holds ``top_p``.
-
-    Args:
-        weights: (R, V) probabilities.
-        top_k: (R,) long, 0 keeps all.
-        top_p: (R,) float, 1 keeps all.
-    Returns:
-        The weights from the largest to the smallest, and (R, V) the token that each belongs to.
-    """
-    weights, order = weights.sort(dim=-1, descending=True)
-    rank = torch.arange(weights.shape[1], device=weights.device)
-    weights = weights.where((rank < top_k[:, None]) | (top_k[:, None] == 0), 0.0)
-    before = weights.cumsum(-1, dtype=torch.float64) - weights
-    total = weights.sum(-1, keepdim=True, dtype=torch.float64)
-    # `>= 1`, because rounding in `before` must not cut anything when nothing was to be cut
-    return weights.where((before < top_p[:, None] * total) | (top_p[:, None] >= 1), 0.0), order
 
 
 def cache_of(model_kwargs: dict[str, Any]) -> Any:

@@ -69,7 +69,7 @@ class GenerateEngine:
             room = [_room(model, i, r) for i, r in enumerate(requests)]
             for batch in _batches(requests, self.max_batch_size):
                 decoded = self._decode(model, requests, seeds, room, batch, eos_ids)
-                for (i, j), sample in zip(batch, self._samples(decoded)):
+                for (i, j), sample in zip(batch, self._samples(decoded, [requests[i].filtered for i, _ in batch])):
                     samples[i][j] = sample
                 done += len(batch)
                 if self.progress:
@@ -110,11 +110,10 @@ class GenerateEngine:
         rows = Rows(
             prompt=torch.tensor([owners[i] for i, _ in batch], device=device),
             limit=torch.tensor(limits, device=device),
-            temperature=torch.tensor([r.temperature for r in of], dtype=torch.float32, device=device),
-            top_p=torch.tensor([r.top_p for r in of], dtype=torch.float32, device=device),
-            top_k=torch.tensor([r.top_k for r in of], device=device),
+            settings=Settings.of(of, torch.tensor([settings_row(r) for r in of], device=device)),
             uniforms=_uniforms([(seeds[i], j) for i, j in batch], max(limits)).to(device),
             stop=[r.stop for r in of],
+            stop_ids=[r.stop_ids for r in of],
             eos=torch.tensor(eos_ids, dtype=torch.long, device=device),
         )
         # greedy and one beam, so that transformers prepares the plain case: sampling happens in our loop
@@ -128,13 +127,16 @@ class GenerateEngine:
             custom_generate=DecodingLoop(rows, self.tokenizer),
         )
 
-    def _samples(self, decoded: Decoded) -> Iterator[Sample]:
+    def _samples(self, decoded: Decoded, filtered: list[bool]) -> Iterator[Sample]:
+        """The samples of a batch; ``filtered`` says which of them have filters or a penalty."""
         columns = (decoded.tokens, decoded.logprobs, decoded.lengths, decoded.stopped)
-        for tokens, logprobs, length, stopped in zip(*(c.tolist() for c in columns)):
+        others = [None] * len(filtered) if decoded.filtered_logprobs is None else decoded.filtered_logprobs.tolist()
+        for tokens, logprobs, length, stopped, other, has in zip(*(c.tolist() for c in columns), others, filtered):
             logprobs = logprobs[:length]
             if not np.isfinite(logprobs).all():
                 raise RuntimeError("generation: the model's logits are not finite, so its weights have diverged")
-            yield Sample(tokens[:length], logprobs, "stop" if stopped else "length", self.version)
+            other = other[:length] if has else None
+            yield Sample(tokens[:length], logprobs, "stop" if stopped else "length", self.version, other)
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -13,9 +13,59 @@ from rlhf_fast.rollout.engine import Request, Sample
 from rlhf_fast.rollout.generate import context_length, end_of_sequence_ids
 from rlhf_fast.rollout.sampling import draw_seed
 from rlhf_fast.rollout.session import Session
-from rlhf_fast.rollout.slot_cache import SlotCache, slot_attention_in
+from rlhf_fast.rollout.slot_cache import Decode, Pack, SlotCache, slot_attention_in
 
 logger = logging.getLogger(__name__)
+
+
+def engine_for(
+    policy: Any,
+    tokenizer: Any = None,
+    *,
+    role: str = "policy",
+    slots: int = 128,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> SlotEngine | GenerateEngine:
+    """The slot engine where ``policy``'s architecture can use it; else ``transformers.generate``, and one line says why.
+
+    Args are those of :class:`SlotEngine`; of ``GenerateEngine`` ``slots`` is the batch size.
+    """
+    reason = slot_refusal(policy, role)
+    if reason is None:
+        return SlotEngine(policy, tokenizer, role=role, slots=slots, max_tokens=max_tokens, progress=progress)
+    logger.warning("rollouts run through transformers.generate instead of the slot engine: %s", reason)
+    return GenerateEngine(policy, tokenizer, role=role, max_batch_size=slots, progress=progress)
+
+
+@torch.no_grad()
+def slot_refusal(policy: Any, role: str = "policy") -> str | None:
+    """Why the slots cannot write with this model; None when they can, which four tokens have shown.
+
+    A prompt of three is prefilled, the fourth decoded, and its logits compared with those of transformers' own attention:
+    architectures keep state and change attention in more ways than anyone could list.
+    """
+    with policy.generation_model(role) as model:
+        size = model.get_input_embeddings().num_embeddings
+        ids = torch.tensor([[(3 + 7 * i) % size for i in range(4)]], device=model.device)
+        positions = torch.arange(4, device=model.device)[None]
+        cache = SlotCache()
+        cache.reserve(1, 4)
+        try:
+            with slot_attention_in(model):
+                pack = Pack([3], model.device)
+                model(input_ids=ids[:, :3], position_ids=positions[:, :3], use_cache=False, work=pack)
+                cache.write(pack, positions[0, :3], torch.zeros_like(positions[0, :3]), positions[0, :3])
+                last = {"input_ids": ids[:, 3:], "position_ids": positions[:, 3:]}
+                mine = model(**last, use_cache=False, work=Decode(cache, positions[0, 3:], 4)).logits[0, -1].float()
+            theirs = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, -1].float()
+        except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            return (str(error).splitlines() or [type(error).__name__])[0]
+    difference, norm = float((mine - theirs).norm()), float(theirs.norm())
+    # a model that has diverged is no matter of architecture: sampling says so in its own words
+    if difference > 0.05 * norm:
+        return f"its logits of a few tokens differ from transformers' by {difference / norm:.0%}"
+    return None
 
 
 class SlotEngine:

@@ -1,0 +1,336 @@
+"""Tokens per second of rollouts: the slot engine beside ``transformers.generate`` and transformers' continuous batching.
+
+    python -m bench.rollout [CONTENDER ...] [--shape cpu|7b] [--prompts 64] [--n 4] [--longest 256] [--rounds 1]
+
+Every contender continues the same prompts, ``--n`` samples each, at temperature 1 to the same lengths: prompts and responses
+are ragged, between 8 and ``--longest`` tokens, the response length drawn per prompt, and nothing ends a response early.
+``generate`` takes prompts sorted by length in batches, the best of ``--batches``; a batch runs until its longest response is
+complete, and only the tokens that were asked for count. Before anything is timed, each contender's greedy tokens
+are compared with those of ``transformers.generate`` one prompt at a time. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
+
+from bench.report import machine, put_rows, version
+from rlhf_fast.models import Policy
+from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine
+
+RESULTS = Path(__file__).parent / "results"
+SHORTEST = 8
+SHAPES = {
+    "cpu": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+    | {"num_key_value_heads": 2, "vocab_size": 4096},
+    # Qwen2.5-7B
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    | {"num_key_value_heads": 4, "vocab_size": 152064},
+}
+COLUMNS = ("shape", "device", "prompts", "n", "longest", "contender", "batch", "status", "tokens", "seconds", "min_s")
+COLUMNS += ("max_s", "tokens_per_second", "of_bandwidth", "peak_gb", "rounds", "machine", "threads")
+COLUMNS += ("date", "versions")
+KEY = ("shape", "device", "prompts", "n", "longest", "contender", "batch")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What everyone continues."""
+
+    prompts: list[list[int]]
+    lengths: list[int]  # of the responses to each prompt
+    n: int
+
+    @classmethod
+    def of(cls, prompts: int, n: int, longest: int, vocabulary: int) -> Work:
+        draw = torch.Generator().manual_seed(0)
+        sizes = torch.randint(SHORTEST, longest + 1, (2, prompts), generator=draw).tolist()
+        ids = [torch.randint(vocabulary, (size,), generator=draw).tolist() for size in sizes[0]]
+        return cls(ids, sizes[1], n)
+
+    @property
+    def tokens(self) -> int:
+        return self.n * sum(self.lengths)
+
+    def sorted_batches(self, size: int) -> Iterator[list[int]]:
+        """Prompts of similar length together, ``size`` sequences at a time."""
+        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
+        step = max(1, size // self.n)
+        return (order[i : i + step] for i in range(0, len(order), step))
+
+
+Contender = Callable[[Policy, Work, int, float], dict[int, list[list[int]]]]  # -> prompt -> samples
+
+
+def engine_run(make: Callable[[Policy, int], Any]) -> Contender:
+    def run(policy: Policy, work: Work, batch: int, temperature: float):
+        requests = [
+            Request(p, n=work.n, max_new_tokens=length, temperature=temperature, seed=i)
+            for i, (p, length) in enumerate(zip(work.prompts, work.lengths))
+        ]
+        return {i: [s.ids for s in group] for i, group in enumerate(make(policy, batch).generate(requests))}
+
+    return run
+
+
+def generate_run(cache: str) -> Contender:
+    def run(policy: Policy, work: Work, batch: int, temperature: float):
+        found = {}
+        with policy.generation_model() as model, torch.no_grad():
+            for rows in work.sorted_batches(batch):
+                prompts, longest = [work.prompts[i] for i in rows], max(work.lengths[i] for i in rows)
+                width = max(map(len, prompts))
+                ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+                settings = sampling(temperature, work.n, max_new_tokens=longest)
+                settings.cache_implementation = cache
+                out = model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+                for k, i in enumerate(rows):
+                    found[i] = [row[: work.lengths[i]] for row in out[k * work.n : (k + 1) * work.n]]
+        return found
+
+    return run
+
+
+def continuous_run(policy: Policy, work: Work, batch: int, temperature: float):
+    """transformers' continuous batching, driven as its ``generate_batch`` does, with a length for each request."""
+    from transformers import ContinuousBatchingConfig
+
+    settings = sampling(temperature, work.n, max_new_tokens=max(work.lengths))
+    config = ContinuousBatchingConfig(max_requests_per_batch=batch)
+    found: dict[int, list[list[int]]] = {i: [] for i in range(len(work.prompts))}
+    with policy.generation_model() as model:
+        manager = model.continuous_batching_context_manager(
+            generation_config=settings, continuous_batching_config=config, block=True, timeout=5
+        )
+        with manager as running:
+            for i in sorted(found, key=lambda i: -len(work.prompts[i])):
+                running.add_request(work.prompts[i], request_id=f"p{i}", max_new_tokens=work.lengths[i])
+            left = work.n * len(found)
+            while left:
+                result = running.get_result(timeout=1)
+                if result is None:
+                    if not running.is_running():
+                        raise RuntimeError("its thread ended early")
+                elif result.is_finished():
+                    if result.error:
+                        raise RuntimeError(str(result.error))
+                    found[int(result.request_id.partition("__")[0][1:])].append(list(result.generated_tokens))
+                    left -= 1
+    return found
+
+
+def sampling(temperature: float, n: int, **options: Any) -> GenerationConfig:
+    """Plain sampling to a given length: no EOS, no filters."""
+    greedy = temperature == 0
+    plain = {} if greedy else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        do_sample=not greedy, num_return_sequences=n, eos_token_id=None, pad_token_id=0, **plain, **options
+    )
+
+
+CONTENDERS: dict[str, Contender] = {
+    "slots": engine_run(lambda policy, batch: SlotEngine(policy, slots=batch)),
+    "GenerateEngine": engine_run(lambda policy, batch: GenerateEngine(policy, max_batch_size=batch)),
+    "generate": generate_run("dynamic"),
+    "generate, static cache": generate_run("static"),
+    "continuous batching": continuous_run,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("contenders", nargs="*", choices=[[], *CONTENDERS], help=", ".join(CONTENDERS))
+    parser.add_argument("--shape", choices=SHAPES, default="cpu")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--n", type=int, default=4, help="samples per prompt")
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt and of a response, at most")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[64, 128, 256], help="sequences at a time, each tried"
+    )
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after this long")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    began = time.perf_counter()
+    policy = build(args.shape)
+    device = policy.device.type
+    path = args.out / f"rollout-{device}.csv"
+    work = Work.of(args.prompts, args.n, args.longest, SHAPES[args.shape]["vocab_size"])
+    names = args.contenders or list(CONTENDERS)
+    faults = {name: check(name, policy) for name in names}
+    about = {"shape": args.shape, "device": device, "prompts": args.prompts, "n": args.n, "longest": args.longest}
+    rows = [about | {"contender": n, "batch": b, "times": []} for n in names for b in args.batches]
+    for turn in range(args.rounds):
+        for row in rows if turn % 2 == 0 else reversed(rows):
+            if time.perf_counter() - began < args.seconds or not turn:
+                measure(row, policy, work, faults[row["contender"]])
+    written = write(path, [finished(row, work, policy) for row in rows])
+    path.with_suffix(".md").write_text(markdown(written))
+    print(markdown(written))
+
+
+def build(shape: str) -> Policy:
+    """A model with random weights, in bf16 on a GPU, that nothing stops."""
+    torch.manual_seed(0)
+    cuda = torch.cuda.is_available()
+    torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
+    sizes = {**SHAPES[shape], "max_position_embeddings": 32768, "tie_word_embeddings": False}
+    with torch.device("cuda" if cuda else "cpu"):
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, bos_token_id=None, eos_token_id=None)).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    words = Tokenizer(models.WordLevel({"w": 0}, unk_token="w"))
+    return Policy(model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w", pad_token="w"))
+
+
+def check(name: str, policy: Policy) -> str | None:
+    """What is wrong with the contender's greedy tokens; ties apart, they are those of one prompt at a time."""
+    work = Work.of(6, 1, 24, policy.model.config.vocab_size)
+    alone = {}
+    for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths)):
+        alone |= {i: CONTENDERS["generate"](policy, Work([prompt], [length], 1), 1, 0.0)[0]}
+    try:
+        found = CONTENDERS[name](policy, work, 4, 0.0)
+    # whatever a peer raises is its result: the row says so and the others go on
+    except Exception as error:  # noqa: BLE001
+        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    same = sum(a == b for i in alone for a, b in zip(alone[i][0], found[i][0]))
+    total = sum(work.lengths)
+    # 16-bit logits tie, and a sequence differs from its first tie on
+    least = 1.0 if policy.model.dtype == torch.float32 else 0.5
+    return None if same >= least * total else f"wrong: {same} of {total} greedy tokens are those of generate"
+
+
+def measure(row: dict[str, Any], policy: Policy, work: Work, fault: str | None) -> None:
+    """Run once and note the time, or why there is none."""
+    row.setdefault("status", fault or "ok")
+    if row["status"] != "ok":
+        return
+    cuda = policy.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        began = time.perf_counter()
+        found = CONTENDERS[row["contender"]](policy, work, row["batch"], 1.0)
+        if cuda:
+            torch.cuda.synchronize()
+        row["times"].append(time.perf_counter() - began)
+        if any([len(s) for s in found[i]] != [length] * work.n for i, length in enumerate(work.lengths)):
+            row["status"] = "wrong: responses of other lengths"
+    except Exception as error:  # noqa: BLE001
+        row["status"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    print(row["contender"], row["batch"], row["status"], row["times"], flush=True)
+
+
+def finished(row: dict[str, Any], work: Work, policy: Policy) -> dict[str, Any]:
+    """The row as it is written."""
+    times = row.pop("times")
+    median = statistics.median(times) if times else float("nan")
+    return row | {
+        "tokens": work.tokens,
+        "seconds": median,
+        "min_s": min(times, default=float("nan")),
+        "max_s": max(times, default=float("nan")),
+        "tokens_per_second": work.tokens / median,
+        "of_bandwidth": bandwidth_limit(policy) * work.tokens / row["batch"] / median,
+        "rounds": len(times),
+        "machine": machine(policy.device.type),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": " ".join(f"{p}={version(p)}" for p in ("torch", "transformers")),
+    }
+
+
+@functools.cache
+def bandwidth_limit(policy: Policy) -> float:
+    """Seconds to read all weights but the embeddings once, at the speed of a large copy: no step is shorter. NaN on a CPU,
+    where arithmetic is the limit."""
+    if policy.device.type != "cuda":
+        return float("nan")
+    size = sum(p.nbytes for name, p in policy.model.named_parameters() if "embed_tokens" not in name)
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for event in (None, begin, end):
+        for _ in range(5):
+            target.copy_(source)
+        if event is not None:
+            event.record()
+    torch.cuda.synchronize()
+    # each copy reads and writes
+    return size / (2 * 5 * source.nbytes / (begin.elapsed_time(end) / 1000))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Put the rows into the file; returns all that it holds."""
+    rounded = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    return put_rows(path, rounded, KEY, COLUMNS)
+
+
+def best(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Of each contender the batch size with the most tokens per second."""
+    chosen: dict[str, dict[str, str]] = {}
+    for row in rows:
+        speed = float(row["tokens_per_second"])
+        if row["contender"] not in chosen or speed > float(chosen[row["contender"]]["tokens_per_second"]):
+            chosen[row["contender"]] = row
+    return list(chosen.values())
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table for each set of conditions: each contender at its best batch size, then all of them."""
+    lines = [
+        "# Rollouts",
+        "",
+        "`python -m bench.rollout`; every row continues the same prompts to the same lengths.",
+        "",
+    ]
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in KEY[:5]), []).append(row)
+    for (shape, _, prompts, n, longest), group in groups.items():
+        first = group[0]
+        sizes = ", ".join(f"{k} {v}" for k, v in SHAPES[shape].items())
+        lines += [
+            f"## {prompts} prompts x {n} samples, {SHORTEST} to {longest} tokens each, {shape} shape",
+            "",
+            f"{first['machine']}, {first['threads']} thread(s), {first['versions']}, {first['date']}. Qwen2 architecture, random",
+            f"weights: {sizes}. {first['tokens']} new tokens; medians of {first['rounds']} round(s).",
+            "",
+            "| contender | sequences at a time | tokens/s | ours over it | of the bandwidth limit | seconds (least, most) |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        winners = best(group)
+        ours = next((float(r["tokens_per_second"]) for r in winners if r["contender"] == "slots"), float("nan"))
+        for row in winners + [r for r in group if r not in winners]:
+            speed, share = float(row["tokens_per_second"]), float(row["of_bandwidth"])
+            told = [f"{speed:.0f}", f"{ours / speed:.2f}", "" if math.isnan(share) else f"{share:.0%}"]
+            told = told if row["status"] == "ok" else [row["status"], "", ""]
+            mark = " (best)" if row in winners and row["status"] == "ok" else ""
+            lines.append(
+                f"| {row['contender']}{mark} | {row['batch']} | {' | '.join(told)} | {row['seconds']} ({row['min_s']}, {row['max_s']}) |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
