@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.decoding import Decoded, DecodingLoop, Rows
 from rlhf_fast.rollout.engine import Request, Sample
-from rlhf_fast.rollout.sampling import draw_seed, random_stream
+from rlhf_fast.rollout.sampling import Settings, draw_seed, random_stream, settings_row
 
 
 class GenerateEngine:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.engine import Request, Sample
-from rlhf_fast.rollout.generate import context_length, end_of_sequence_ids
+from rlhf_fast.rollout.generate import GenerateEngine, context_length, end_of_sequence_ids
 from rlhf_fast.rollout.sampling import draw_seed
 from rlhf_fast.rollout.session import Session
 from rlhf_fast.rollout.slot_cache import Decode, Pack, SlotCache, slot_attention_in
