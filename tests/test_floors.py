@@ -49,7 +49,7 @@ RESERVED = {
 }
 # what every trainer is built on, and the one that continues another
 SHARED_TRAINER_FILES = tuple(
-    f"rlhf_fast.trainers.{name}" for name in ("trainer", "config", "optimizers", "rl", "memory")
+    f"rlhf_fast.trainers.{name}" for name in ("trainer", "config", "engines", "optimizers", "rl", "memory")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 

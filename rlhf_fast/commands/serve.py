@@ -104,7 +104,7 @@ def _service(args: Any) -> Service:
     from rlhf_fast.rollout.serving.app import Service
     from rlhf_fast.rollout.serving.protocol import ApiError
     from rlhf_fast.rollout.serving.worker import ServedModels, Worker
-    from rlhf_fast.rollout.slots import SlotEngine
+    from rlhf_fast.rollout.slots import SlotEngine, slot_refusal
 
     if args.max_tokens < 1:
         raise UserError(f"serve: --max_tokens must be at least 1, got {args.max_tokens}")
@@ -113,6 +113,8 @@ def _service(args: Any) -> Service:
         raise UserError(f"serve: --adapter wants NAME=FOLDER, got {wrong[0]!r}")
     torch.seed()  # requests without a seed draw anew after every start
     policy = load_policy(args)
+    if reason := slot_refusal(policy):
+        raise UserError(f"serve: the slot engine cannot write with {args.model}: {reason}; serve it with vLLM")
     models = ServedModels(policy, args.served_model_name or args.model)
     for name, _, folder in pairs:
         try:

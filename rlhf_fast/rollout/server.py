@@ -1,29 +1,10 @@
-"""Rollouts from servers over HTTP, in vLLM's dialect of OpenAI's API; ``rlhf-fast serve`` speaks it too.
-
-What is relied on was looked up in vLLM's documentation (OpenAI-compatible server, LoRA adapters, sleep mode, engine
-arguments) and in its request and response schemas; not run against vLLM itself, which cannot be installed here.
-
-- ``POST /v1/completions``: ``prompt`` is a list of token ids; ``n``, ``seed``, ``stop``, ``stop_token_ids``, ``max_tokens``,
-  ``temperature``, ``top_p``, ``top_k`` (0 is off), ``min_p``, ``repetition_penalty``. All of them are always sent: a server
-  fills what is missing from the model's generation_config.json. A sample j draws with seed + j in vLLM.
-- ``return_token_ids`` adds ``token_ids`` (every sampled token: EOS and stop strings too) and ``prompt_token_ids`` to each
-  choice; ``logprobs: 0`` adds ``logprobs.token_logprobs``, one number per token, -9999 for minus infinity.
-- These are RAW log-probabilities unless vLLM runs with ``--logprobs-mode processed_logprobs``: at temperature 1, before
-  filters. At temperature 1 both are what ``Sample.logprobs`` promises. The answer does not say which it holds, so nobody
-  has to believe it: :func:`rlhf_fast.rollout.canary.check_logprobs` measures it after every sync.
-- ``model`` of the answer echoes the name that was asked for, an adapter's included.
-- ``POST /v1/load_lora_adapter`` (``lora_name``, ``lora_path``: a folder that the server can read) and
-  ``/v1/unload_lora_adapter``, where vLLM runs with ``--enable-lora`` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
-- ``/reset_prefix_cache``, ``/sleep?level=1``, ``/wake_up`` exist with VLLM_SERVER_DEV_MODE=1, and sleep needs
-  ``--enable-sleep-mode``. A cache never outlives its weights here: every version has a name of its own.
-"""
+"""Rollouts from servers over HTTP: vLLM's, or ``rlhf-fast serve``. What they say is in :mod:`.completions`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -35,7 +16,8 @@ from typing import Any, TypeVar
 import httpx2
 
 from rlhf_fast.errors import RolloutError, UserError
-from rlhf_fast.rollout.engine import Request, Sample
+from rlhf_fast.rollout.completions import Unusable, completion_body, read_completion
+from rlhf_fast.rollout.engine import CAPABILITIES, Request, Sample
 from rlhf_fast.rollout.sampling import draw_seed
 
 logger = logging.getLogger(__name__)
@@ -45,10 +27,6 @@ T = TypeVar("T")
 REFUSALS = (400, 401, 403, 405, 413, 422)
 START_VLLM = "start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
 START_SLEEP = "start vLLM with VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode, or leave sleeping off"
-
-
-class Unusable(Exception):
-    """What one server answered, or that it did not, in words; another try may help."""
 
 
 @dataclass(eq=False)
@@ -93,12 +71,11 @@ class ServerEngine:
         retries: further tries of a request.
         backoff: seconds before the first of them, doubled each time.
         patience: seconds to wait at the start until the servers are up.
+        allow_sleep: the servers can sleep, and may while weights change.
 
     Raises:
         UserError: a server does not answer, or does not hold ``model``.
     """
-
-    capabilities = frozenset({"token_ids", "logprobs", "seed", "n", "stop", "lora_swap", "sleep"})
 
     def __init__(
         self,
@@ -113,7 +90,9 @@ class ServerEngine:
         retries: int = 3,
         backoff: float = 0.5,
         patience: float = 240.0,
+        allow_sleep: bool = False,
     ) -> None:
+        self.capabilities = CAPABILITIES if allow_sleep else CAPABILITIES - {"sleep"}
         self.servers = [_server(url) for url in ([urls] if isinstance(urls, str) else urls)]
         if not self.servers:
             raise UserError("rollout: no server URL was given; such as http://127.0.0.1:8000")
@@ -232,14 +211,20 @@ class ServerEngine:
     async def _post(
         self, client: httpx2.AsyncClient, server: Server, path: str, body: Any = None, hint: str = ""
     ) -> httpx2.Response:
-        """POST, within the deadline.
+        return await self._call(client, server, "POST", path, body, hint)
+
+    async def _call(
+        self, client: httpx2.AsyncClient, server: Server, method: str, path: str, body: Any = None, hint: str = ""
+    ) -> httpx2.Response:
+        """One exchange, within the deadline.
 
         Raises:
             UserError: the server refuses; with ``hint``, what to do about it, also for a path that it does not know.
             Unusable: it did not answer, or with an error of its own.
         """
         try:
-            response = await asyncio.wait_for(client.post(server.url + path, json=body), self.timeout)
+            exchange = client.request(method, server.url + path, json=body)
+            response = await asyncio.wait_for(exchange, self.timeout)
         except asyncio.TimeoutError as error:
             raise Unusable(f"gave no answer within {self.timeout:g} s") from error
         except httpx2.HTTPError as error:
@@ -302,13 +287,11 @@ class ServerEngine:
             logger.debug("%s has no /reset_prefix_cache", server.url)
 
     async def _models(self, client: httpx2.AsyncClient, server: Server) -> list[str]:
+        response = await self._call(client, server, "GET", "/v1/models")
         try:
-            response = await asyncio.wait_for(client.get(server.url + "/v1/models"), self.timeout)
-            return [str(card["id"]) for card in response.raise_for_status().json()["data"]]
-        except asyncio.TimeoutError as error:
-            raise Unusable(f"gave no answer within {self.timeout:g} s") from error
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise Unusable(f"lists no models ({type(error).__name__}: {error})") from error
+            return [str(card["id"]) for card in response.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unusable("lists no models at /v1/models") from error
 
     async def _find_model(self, wanted: str | None) -> str:
         """Wait until every server is up; the name of the model that all hold."""
@@ -326,15 +309,14 @@ class ServerEngine:
                 await asyncio.sleep(min(1.0, self.patience))
 
         async with self._client() as client:
-            for server, result in zip(
-                self.servers,
-                await asyncio.gather(*(ask(client, s) for s in self.servers), return_exceptions=True),
-            ):
-                if result is not None:
-                    raise UserError(
-                        f"rollout: {server.url} {result}; start the server (`rlhf-fast serve MODEL`, or vLLM), or correct "
-                        "the URL"
-                    )
+            results = await asyncio.gather(*(ask(client, s) for s in self.servers), return_exceptions=True)
+        for server, result in zip(self.servers, results):
+            if isinstance(result, Unusable):
+                raise UserError(
+                    f"rollout: {server.url} {result}; start the server (`rlhf-fast serve MODEL`, or vLLM), or correct the URL"
+                )
+            if result is not None:
+                raise result
         model = wanted or next(iter(names[self.servers[0].url]), "")
         for url, held in names.items():
             if model not in held:
@@ -350,68 +332,6 @@ class ServerEngine:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency),
             trust_env=False,
         )
-
-
-def completion_body(request: Request, model: str, seed: int, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """The body of ``/v1/completions`` that asks for ``request``."""
-    return {
-        "model": model,
-        "prompt": [int(t) for t in request.prompt_ids],
-        "n": request.n,
-        "seed": seed % 2**63,
-        "max_tokens": request.max_new_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "stop": list(request.stop),
-        "stop_token_ids": list(dict.fromkeys([*request.stop_ids, *stop_ids])),
-        "include_stop_str_in_output": True,
-        "logprobs": 0,
-        "return_token_ids": True,
-        "stream": False,
-    }
-
-
-def read_completion(payload: Any, request: Request, model: str, version: int) -> list[Sample]:
-    """The samples in an answer of ``/v1/completions``, in order of their index.
-
-    Raises:
-        Unusable: it is not an answer to ``request`` by ``model``; says in what.
-    """
-    try:
-        named, choices = payload["model"], sorted(payload["choices"], key=lambda c: c["index"])
-    except (KeyError, TypeError) as error:
-        raise Unusable(f"answered without {error}") from error
-    if named != model:
-        raise Unusable(f"answered as {named!r} where {model!r} was asked: other weights wrote this")
-    if [c["index"] for c in choices] != list(range(request.n)):
-        raise Unusable(f"gave {len(choices)} samples where {request.n} were asked")
-    return [_read_choice(choice, request, version) for choice in choices]
-
-
-def _read_choice(choice: dict[str, Any], request: Request, version: int) -> Sample:
-    try:
-        ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-        prompt, lengths = choice.get("prompt_token_ids"), (len(ids), len(logprobs))
-    except (KeyError, TypeError) as error:
-        raise Unusable(f"answered without {error}; it must know return_token_ids and logprobs") from error
-    if lengths[0] != lengths[1] or not 1 <= lengths[0] <= request.max_new_tokens:
-        raise Unusable(
-            f"gave {lengths[0]} tokens with {lengths[1]} log-probabilities where 1 to {request.max_new_tokens} were asked"
-        )
-    if prompt is not None and list(prompt) != list(request.prompt_ids):
-        raise Unusable("continued another prompt than it was sent")
-    if reason not in ("stop", "length"):
-        raise Unusable(f"ended a sample with {reason!r}")
-    if not all(isinstance(t, int) and t >= 0 for t in ids) or not all(_is_logprob(x) for x in logprobs):
-        raise Unusable("gave tokens or log-probabilities that are none")
-    return Sample(ids, [float(x) for x in logprobs], reason, version)
-
-
-def _is_logprob(x: Any) -> bool:
-    return isinstance(x, (int, float)) and math.isfinite(x) and x <= 1e-3
 
 
 def _server(url: str) -> Server:

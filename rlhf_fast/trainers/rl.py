@@ -14,9 +14,10 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
+from rlhf_fast.rollout import Engine, GenerateEngine, awake, check_for_rl
 
 from .config import RLConfig
+from .engines import WeightSync, build_engine
 from .trainer import Trainer
 
 
@@ -25,8 +26,8 @@ class RLTrainer(Trainer):
 
     Args:
         reward_funcs: one or more reward functions or their names, see :mod:`rlhf_fast.rewards`; those of ``args`` when None.
-        engine: a rollout engine; ``transformers.generate`` in process when None. It is told the step before every rollout
-            (``update(None, step)``) and must sample from ``policy``'s weights as they are then.
+        engine: a rollout engine; as ``args`` say when None. Before every rollout it gets the weights: one that can swap
+            adapters the folder of the policy's (``update(folder, step)``), any other shares them (``update(None, step)``).
     """
 
     config_class = RLConfig
@@ -37,10 +38,10 @@ class RLTrainer(Trainer):
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
         super().__init__(model, args, **kwargs)
-        self.engine = engine or GenerateEngine(
-            self.policy, max_batch_size=self.rollout_batch_size or args.rollout_batch_size
-        )
+        self.engine = engine or build_engine(args, self.policy, self._engine_in_process)
         check_for_rl(self.engine, temperature=args.temperature)
+        probe = min((p.input_ids for p in self.train_records), key=len)
+        self.sync = WeightSync(self.engine, self.policy, args, probe, self.accelerator.num_processes)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
         self.rollouts.check(self.train_records)
         if self.eval_records is not None:
@@ -49,6 +50,10 @@ class RLTrainer(Trainer):
     @classmethod
     def extra_arguments(cls, config: RLConfig) -> dict[str, Any]:
         return {"reward_funcs": config.reward_funcs}
+
+    def _engine_in_process(self) -> Engine:
+        """One that samples from the policy's own weights."""
+        return GenerateEngine(self.policy, max_batch_size=self.rollout_batch_size or self.args.rollout_batch_size)
 
     def check_rewards(self, args: RLConfig) -> None:
         """Raise UserError when there is nothing to learn from."""
@@ -123,16 +128,18 @@ class RLTrainer(Trainer):
     def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
         """``n`` scored responses to every prompt, siblings adjacent, and the metrics of the rollout."""
         a = self.args
-        self.engine.update(None, self.step)
-        experiences, metrics = self.rollouts.sample(
-            prompts,
-            n=n,
-            max_new_tokens=a.max_completion_length,
-            temperature=a.temperature,
-            seed=a.seed * 1_000_003 + self.first_row,
-        )
+        with awake(self.engine):
+            with self.timed("sync"):
+                agreement = self.sync(self.step)
+            experiences, metrics = self.rollouts.sample(
+                prompts,
+                n=n,
+                max_new_tokens=a.max_completion_length,
+                temperature=a.temperature,
+                seed=a.seed * 1_000_003 + self.first_row,
+            )
         self.add_times(self.rollouts.seconds)
-        return experiences, metrics
+        return experiences, {**metrics, **agreement}
 
     def annotate(self, experiences: list[Experience], **passes: Callable[[TokenBatch], Tensor]) -> None:
         """Fill per-token entries by name, each with what its pass returns, in the micro-batches that fit in memory."""
