@@ -194,9 +194,7 @@ class ServerEngine:
                 except Unusable as error:
                     seen[server.url] = str(error)
         came = "; ".join(f"{url} {what}" for url, what in seen.items())
-        raise RolloutError(
-            f"{came}, after {1 + self.retries} tries; look at the server's log, start it again and resume"
-        )
+        raise RolloutError(f"{came}, after {1 + self.retries} tries; look at the server's log and start it again")
 
     async def _ask(self, client: httpx2.AsyncClient, server: Server, request: Request, seed: int) -> list[Sample]:
         model, version = self.serving, self.version
@@ -253,7 +251,7 @@ class ServerEngine:
         if len(wrong) == len(self.servers):
             told = "; ".join(str(e) if isinstance(e, UserError) else f"rollout: {s.url} {e}" for s, e in wrong.items())
             refused = any(isinstance(e, UserError) for e in wrong.values())
-            raise UserError(told) if refused else RolloutError(f"{told}; start it again and resume")
+            raise UserError(told) if refused else RolloutError(f"{told}; start it again")
         for server, error in wrong.items():
             logger.warning("rollout: %s is left out until the next update: %s", server.url, error)
 

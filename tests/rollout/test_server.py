@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import threading
 from collections import deque
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ pytest.importorskip("starlette")
 from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import CAPABILITIES, Engine, Request, ServerEngine, SlotEngine, check_logprobs
-from rlhf_fast.rollout.colocate import engine_arguments, read_output
+from rlhf_fast.rollout.colocate import ColocatedEngine, engine_arguments, read_output
 from rlhf_fast.rollout.completions import Unusable, completion_body, read_completion, sampling_fields
 
 PROMPTS = [[5], [7, 9, 11], [30, 31, 32, 33, 34, 35, 36, 37, 38], [12, 13], [20, 0, 21, 0, 22]]
@@ -205,7 +206,7 @@ def test_what_stays_broken_is_told_with_the_url_and_the_prompts_left(faulty, sai
         engine.generate(requests())
     message = str(error.value)
     assert message.startswith(f"rollout: no samples for prompts 2, 3, 4 of 5: {served.url} ")
-    assert said in message and "after 2 tries" in message and "resume" in message and "\n" not in message
+    assert said in message and "after 2 tries" in message and "start it again" in message and "\n" not in message
 
 
 def test_a_request_that_the_server_refuses_is_not_asked_again(faulty):
@@ -399,6 +400,14 @@ def test_vllms_arguments_are_those_of_the_policy(make_policy):
     with pytest.raises(UserError, match="this run trains all weights: add use_peft"):
         engine_arguments(make_policy(), False, 0.3, 0)
     assert sampling_fields(Request([5], n=3, stop_ids=(4,)), 1, (0,))["stop_token_ids"] == [4, 0]
+
+
+def test_without_vllm_it_says_what_to_do(make_policy, monkeypatch):
+    policy = make_policy(peft_config=lora_config(r=4))
+    policy.model.name_or_path = "some/base"
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="vllm_mode colocate needs vLLM .*or leave use_vllm out"):
+        ColocatedEngine(policy)
 
 
 def test_vllms_output_becomes_samples_in_order():
