@@ -495,7 +495,7 @@ def judge(stage: Stage, trainer: DPOTrainer, rows: Rows) -> dict[str, float]:
     """Greedy responses to 100 held-out prompts, scored by the HH reward model."""
     prompts, _ = prepare_prompts(rows, trainer.tokenizer, max_prompt_length=512, allow_truncation=True)
     figures = evaluate_policy(
-        trainer.policy, prompts[:100], [RewardModel(stage.run_of("reward-hh"))], max_new_tokens=96, max_batch_size=100
+        trainer.policy, prompts[:100], [RewardModel(stage.run_of("reward-hh"))], max_new_tokens=96, slots=100
     )
     return {f"eval_{name}": value for name, value in figures.items()}
 

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_fast.commands import Parser
-from rlhf_fast.commands.generate import add_model_options, add_sampling_options, load_policy, progress_bar
+from rlhf_fast.commands.generate import (
+    add_model_options,
+    add_sampling_options,
+    load_policy,
+    progress_bar,
+    sampling_options,
+)
 from rlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,12 +73,9 @@ def main(argv: Sequence[str]) -> int:
             reward_funcs,
             n=args.n,
             temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            max_new_tokens=args.max_new_tokens,
-            stop=tuple(args.stop),
             seed=args.seed,
-            max_batch_size=args.batch_size,
+            slots=args.batch_size,
+            **sampling_options(args),
             progress=lambda count: bar.update(bar.task_ids[0], completed=count),
         )
     _show(result, args.model)

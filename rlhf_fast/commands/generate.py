@@ -15,7 +15,7 @@ from rlhf_fast.errors import UserError
 if TYPE_CHECKING:
     from rlhf_fast.data.batch import Prompt
     from rlhf_fast.models import Policy
-    from rlhf_fast.rollout import GenerateEngine, Request, Sample
+    from rlhf_fast.rollout import GenerateEngine, Request, Sample, SlotEngine
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,9 +81,23 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--top_p", type=float, default=1.0, help="sample from the likeliest tokens with this probability"
     )
     parser.add_argument("--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0 is all")
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, help="only tokens at least this share as likely as the likeliest; 0 is all"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="divides the logits of tokens already there; 1 is off"
+    )
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="strings that end a response")
+    parser.add_argument("--stop_ids", nargs="+", type=int, default=[], metavar="ID", help="tokens that end a response")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--batch_size", type=int, default=128, help="responses generated at once")
+    parser.add_argument("--batch_size", type=int, default=128, help="responses written at once")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_sampling_options`` asked for, as the fields of a ``Request``; seed and batch size apart."""
+    names = ("max_new_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
+    lists = {"stop": tuple(args.stop), "stop_ids": tuple(args.stop_ids)}
+    return {name: getattr(args, name) for name in names} | lists
 
 
 def load_policy(args: argparse.Namespace) -> Policy:
@@ -215,21 +229,19 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def _engine(policy: Policy, args: argparse.Namespace, progress: Any = None) -> GenerateEngine:
-    from rlhf_fast.rollout import GenerateEngine
+def _engine(policy: Policy, args: argparse.Namespace, progress: Any = None) -> SlotEngine | GenerateEngine:
+    from rlhf_fast.rollout import engine_for
 
-    return GenerateEngine(policy, max_batch_size=args.batch_size, progress=progress)
+    return engine_for(policy, slots=args.batch_size, progress=progress)
 
 
 def _blocks(prompts: list[Prompt], args: argparse.Namespace) -> Iterator[list[Prompt]]:
-    """Prompts for about four batches, so that the engine can put similar lengths together."""
+    """Prompts for about four times the responses written at once, so that few slots are ever empty."""
     size = max(1, 4 * args.batch_size // args.n)
     return (prompts[i : i + size] for i in range(0, len(prompts), size))
 
 
-def _responses(
-    engine: GenerateEngine, prompts: Sequence[Prompt], args: argparse.Namespace, start: int
-) -> list[dict[str, Any]]:
+def _responses(engine: Engine, prompts: Sequence[Prompt], args: argparse.Namespace, start: int) -> list[dict[str, Any]]:
     """One row per response. ``start`` prompts came before these: every prompt has random numbers of its own."""
     from rlhf_fast.rollout import decode
 
@@ -244,8 +256,7 @@ def _responses(
 def _requests(prompt_ids: Sequence[Sequence[int]], args: argparse.Namespace, start: int) -> list[Request]:
     from rlhf_fast.rollout import Request
 
-    options = {"n": args.n, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    options |= {"top_p": args.top_p, "top_k": args.top_k, "stop": tuple(args.stop)}
+    options = {"n": args.n, "temperature": args.temperature, **sampling_options(args)}
     seed = args.seed * 2**32 + start
     return [Request(ids, seed=seed + i, **options) for i, ids in enumerate(prompt_ids)]
 

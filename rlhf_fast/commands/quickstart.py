@@ -228,10 +228,10 @@ def _kl_to_reference(policy: Any, prompts: list, seed: int) -> float:
     import torch
 
     from rlhf_fast.data.batch import Example, TokenBatch
-    from rlhf_fast.rollout import GenerateEngine, Request
+    from rlhf_fast.rollout import Request, engine_for
 
     requests = [Request(p.input_ids, max_new_tokens=ANSWER_TOKENS, seed=seed + i) for i, p in enumerate(prompts)]
-    samples = GenerateEngine(policy).generate(requests)
+    samples = engine_for(policy).generate(requests)
     examples = [
         Example([*p.input_ids, *s.ids], [False] * len(p.input_ids) + [True] * len(s.ids))
         for p, (s,) in zip(prompts, samples)

@@ -242,16 +242,20 @@ class Policy(nn.Module):
     # ---- generation
 
     @contextlib.contextmanager
-    def generation_model(self, role: str | None = None) -> Iterator[PreTrainedModel]:
-        """The model in ``role`` ready for ``generate``: eval mode, transformers' own attention. All is restored."""
+    def generation_model(self, role: str | None = None, attention: str | None = None) -> Iterator[PreTrainedModel]:
+        """The model in ``role`` ready to write: eval mode, and the ``attention`` registered under that name, transformers'
+        own when None. All is restored."""
+        active = self.adapters.active
         model = self.model_for(role or self.role)
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        with generation_attention(model, self.native_attention), self._precision():
-            try:
+        try:
+            with generation_attention(model, attention or self.native_attention), self._precision():
                 yield model
-            finally:
-                model.train(training)
+        finally:
+            for module, training in modes:
+                module.training = training
+            self.adapters.use(active)
 
     # ---- files
 

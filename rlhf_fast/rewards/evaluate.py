@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_fast.data.batch import Prompt
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.functions import RewardTable, check_columns, resolve_all, score
-from rlhf_fast.rollout import GenerateEngine, Request, Sample, completions_for, decode
+from rlhf_fast.rollout import Request, Sample, completions_for, decode, engine_for
 
 
 class Evaluation(dict[str, float]):
@@ -33,10 +33,14 @@ def evaluate_policy(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     max_new_tokens: int = 256,
     stop: tuple[str, ...] = (),
+    stop_ids: tuple[int, ...] = (),
     seed: int = 0,
-    max_batch_size: int = 128,
+    slots: int = 128,
+    max_tokens: int | None = None,
     role: str = "policy",
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -49,6 +53,8 @@ def evaluate_policy(
         reward_weights: one per function; None weighs them all 1.
         n: samples per prompt; more than one needs a temperature.
         seed: of the sampling; prompt i draws from a stream of its own.
+        slots: completions written at once.
+        max_tokens: most tokens whose keys and values are held meanwhile, see ``SlotEngine``.
         progress: called with the number of completions so far.
 
     Returns:
@@ -65,9 +71,10 @@ def evaluate_policy(
     columns = _columns(prompts, n)
     check_columns(functions, names, list(columns))
 
-    engine = GenerateEngine(policy, role=role, max_batch_size=max_batch_size, progress=progress)
+    engine = engine_for(policy, role=role, slots=slots, max_tokens=max_tokens, progress=progress)
     options = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    requests = [Request(p.input_ids, stop=stop, seed=seed * 2**32 + i, **options) for i, p in enumerate(prompts)]
+    options |= {"min_p": min_p, "repetition_penalty": repetition_penalty, "stop": stop, "stop_ids": stop_ids}
+    requests = [Request(p.input_ids, seed=seed * 2**32 + i, **options) for i, p in enumerate(prompts)]
     start = time.perf_counter()
     samples = [sample for group in engine.generate(requests) for sample in group]
     seconds = time.perf_counter() - start

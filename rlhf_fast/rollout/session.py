@@ -261,8 +261,6 @@ class Session:
     def _fill_slots(self, began: int) -> list[Tensor]:
         """Bring the prompts of the samples from slot ``began`` on into their slots; returns the logits behind them."""
         new = self.live[began:]
-        pending = sum(p.request.n - p.started for queue in (self.ready, self.waiting) for p in queue)
-        self.cache.reserve(min(self.slots, len(self.live) + pending), 0)
         self._make_room(max(w.prompt.length for w in new))
         logits = []
         for pack, group in itertools.groupby(enumerate(new, began), key=lambda pair: pair[1].prompt.pack):
@@ -290,12 +288,20 @@ class Session:
             self.seen[slot, self._to_device(list(writing.prompt.request.prompt_ids))] = True
 
     def _make_room(self, length: int) -> None:
-        """Let the slots hold ``length`` tokens; with some to spare, as growing copies, but not more than can be needed."""
-        if length > self.cache.length:
-            longest = max(w.prompt.longest for w in self.live)
-            # on a GPU at once all that will be needed: captured graphs hold on to the addresses
-            spare = longest if self.device.type == "cuda" else length + max(32, length // 4)
-            self.cache.reserve(0, max(length, min(spare, longest)))
+        """Let every live slot hold ``length`` tokens, with some to spare, as growing copies, within ``max_tokens``."""
+        cache, count = self.cache, len(self.live)
+        if count <= cache.rows and length <= cache.length:
+            return
+        longest = max(w.prompt.longest for w in self.live)
+        # on a GPU at once all that will be needed: captured graphs hold on to the addresses
+        room = longest if self.device.type == "cuda" else min(length + max(32, length // 4), longest)
+        pending = sum(p.request.n - p.started for queue in (self.ready, self.waiting) for p in queue)
+        rows = max(min(self.slots, count + pending), cache.rows)
+        if self.max_tokens is None or rows * max(room, cache.length) <= self.max_tokens:
+            room = max(room, cache.length)
+        else:
+            rows = max(count, min(rows, self.max_tokens // room))
+        cache.resize(rows, room)
 
     def _leave(self, gone: list[int]) -> None:
         """Empty some slots, and move the last live ones into them."""

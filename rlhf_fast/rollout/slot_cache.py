@@ -7,20 +7,19 @@ are three kinds of work: whole prompts side by side, the next chunk of a long pr
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from rlhf_fast.data.batch import Span
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.attention import Segments, packed_attention
 
-NAME = "rlhf_fast_slots"
+ATTENTION = "rlhf_fast_slots"  # its name in transformers
 PIECE = 8192  # tokens copied into slots at a time
 # keywords every model passes and causal softmax attention may ignore; any other non-None keyword is refused
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
@@ -47,18 +46,16 @@ class SlotCache:
     def nbytes(self) -> int:
         return sum(x.nbytes for pair in self.layers.values() for x in pair)
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room, one layer after the other; what is there is kept."""
-        if rows <= self.rows and length <= self.length:
-            return
-        self.rows, self.length = max(rows, self.rows), max(length, self.length)
+    def resize(self, rows: int, length: int) -> None:
+        """Make or give back room, one layer after the other; what is in slots and places that remain is kept."""
+        self.rows, self.length = rows, length
         for index, old in list(self.layers.items()):
-            self.layers[index] = tuple(self._grown(x) for x in old)
+            self.layers[index] = tuple(self._resized(x) for x in old)
 
     def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer whose new ones are ``k`` and ``v`` (B, Hk, T, d)."""
         if index not in self.layers:
-            self.layers[index] = tuple(self._grown(x[:0, :, :0]) for x in (k, v))
+            self.layers[index] = tuple(self._resized(x[:0, :, :0]) for x in (k, v))
         return self.layers[index]
 
     def write(self, pack: Pack, tokens: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -75,10 +72,11 @@ class SlotCache:
             for buffer in pair:
                 buffer[targets, :, :length] = buffer[sources, :, :length]
 
-    def _grown(self, old: Tensor) -> Tensor:
+    def _resized(self, old: Tensor) -> Tensor:
         # zeros: attention gives unwritten places weight 0, and 0 times the NaN of an old buffer would be NaN
         new = old.new_zeros(self.rows, old.shape[1], self.length, old.shape[3])
-        new[: old.shape[0], :, : old.shape[2]] = old
+        kept = old[: self.rows, :, : self.length]
+        new[: kept.shape[0], :, : kept.shape[2]] = kept
         return new
 
 
@@ -190,15 +188,4 @@ def slot_attention(
 
 
 # no mask function goes with it: transformers then makes no mask, and reads nothing back from the device to find out
-AttentionInterface.register(NAME, slot_attention)
-
-
-@contextlib.contextmanager
-def slot_attention_in(model: PreTrainedModel) -> Iterator[None]:
-    """Every layer of ``model`` runs :func:`slot_attention`; what it ran before comes back."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+AttentionInterface.register(ATTENTION, slot_attention)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.engine import Request, Sample
 from rlhf_fast.rollout.generate import GenerateEngine, context_length, end_of_sequence_ids
 from rlhf_fast.rollout.sampling import draw_seed
 from rlhf_fast.rollout.session import Session
-from rlhf_fast.rollout.slot_cache import Decode, Pack, SlotCache, slot_attention_in
+from rlhf_fast.rollout.slot_cache import ATTENTION, Decode, Pack, SlotCache
 
 logger = logging.getLogger(__name__)
 
@@ -40,34 +41,39 @@ def engine_for(
     return GenerateEngine(policy, tokenizer, role=role, max_batch_size=slots, progress=progress)
 
 
-@torch.no_grad()
 def slot_refusal(policy: Any, role: str = "policy") -> str | None:
     """Why the slots cannot write with this model; None when they can, which four tokens have shown.
 
-    A prompt of three is prefilled, the fourth decoded, and its logits compared with those of transformers' own attention:
-    architectures keep state and change attention in more ways than anyone could list.
+    Their logits are compared with those of transformers' own attention: architectures keep state and change attention in
+    more ways than anyone could list.
     """
-    with policy.generation_model(role) as model:
+    try:
+        mine, theirs = _four_tokens(policy, role)
+    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    difference, norm = float((mine - theirs).norm()), float(theirs.norm())
+    # NaN passes: a model that has diverged is no matter of architecture, and sampling says so in its own words
+    if difference > 0.05 * norm:
+        return f"its logits behind a few tokens differ from transformers' by {difference / norm:.0%}"
+    return None
+
+
+@torch.no_grad()
+def _four_tokens(policy: Any, role: str) -> tuple[Tensor, Tensor]:
+    """(V,) float32 logits behind four tokens: three prefilled and one decoded by the slots, and by transformers."""
+    with policy.generation_model(role, ATTENTION) as model:
         size = model.get_input_embeddings().num_embeddings
         ids = torch.tensor([[(3 + 7 * i) % size for i in range(4)]], device=model.device)
-        positions = torch.arange(4, device=model.device)[None]
-        cache = SlotCache()
-        cache.reserve(1, 4)
-        try:
-            with slot_attention_in(model):
-                pack = Pack([3], model.device)
-                model(input_ids=ids[:, :3], position_ids=positions[:, :3], use_cache=False, work=pack)
-                cache.write(pack, positions[0, :3], torch.zeros_like(positions[0, :3]), positions[0, :3])
-                last = {"input_ids": ids[:, 3:], "position_ids": positions[:, 3:]}
-                mine = model(**last, use_cache=False, work=Decode(cache, positions[0, 3:], 4)).logits[0, -1].float()
-            theirs = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, -1].float()
-        except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            return (str(error).splitlines() or [type(error).__name__])[0]
-    difference, norm = float((mine - theirs).norm()), float(theirs.norm())
-    # a model that has diverged is no matter of architecture: sampling says so in its own words
-    if difference > 0.05 * norm:
-        return f"its logits of a few tokens differ from transformers' by {difference / norm:.0%}"
-    return None
+        places = torch.arange(4, device=model.device)
+        cache, pack = SlotCache(), Pack([3], model.device)
+        cache.resize(1, 4)
+        model(input_ids=ids[:, :3], position_ids=places[None, :3], use_cache=False, work=pack)
+        cache.write(pack, places[:3], torch.zeros_like(places[:3]), places[:3])
+        work = Decode(cache, places[3:], 4)
+        mine = model(input_ids=ids[:, 3:], position_ids=places[None, 3:], use_cache=False, work=work).logits
+    with policy.generation_model(role) as model:
+        theirs = model(input_ids=ids, position_ids=places[None], use_cache=False).logits
+    return mine[0, -1].float(), theirs[0, -1].float()
 
 
 class SlotEngine:
@@ -79,7 +85,8 @@ class SlotEngine:
     and whatever else is written, up to float rounding of the logits.
 
     Args:
-        policy: gives ``generation_model(role)``, a context manager with the Hugging Face model in eval mode.
+        policy: gives ``generation_model(role, attention)``, a context manager with the Hugging Face model in eval mode and
+            that attention in every layer.
         tokenizer: of the policy; needed for stop strings. None takes ``policy.tokenizer``.
         role: which weights of the policy write.
         slots: most samples written at once.
@@ -149,7 +156,7 @@ class SlotEngine:
         self._refuse_while_open("open a second session")
         self._open = True
         try:
-            with self.policy.generation_model(self.role) as model, slot_attention_in(model):
+            with self.policy.generation_model(self.role, ATTENTION) as model:
                 yield Session(
                     model,
                     self.tokenizer,

@@ -14,7 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.rollout import Engine, GenerateEngine, awake, check_for_rl
+from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
 
 from .config import RLConfig
 from .engines import WeightSync, build_engine
@@ -53,7 +53,8 @@ class RLTrainer(Trainer):
 
     def _engine_in_process(self) -> Engine:
         """One that samples from the policy's own weights."""
-        return GenerateEngine(self.policy, max_batch_size=self.rollout_batch_size or self.args.rollout_batch_size)
+        slots = self.rollout_batch_size or self.args.rollout_batch_size
+        return engine_for(self.policy, slots=slots, max_tokens=self.rollout_tokens)
 
     def check_rewards(self, args: RLConfig) -> None:
         """Raise UserError when there is nothing to learn from."""
@@ -76,6 +77,13 @@ class RLTrainer(Trainer):
     def rollout_batch_size(self) -> int | None:
         """Most sequences sampled at once by the memory plan, which may be fewer than asked; None without a plan."""
         return None if self.memory_plan is None else self.memory_plan.job.rollout_batch_size
+
+    @property
+    def rollout_tokens(self) -> int | None:
+        """Most tokens whose keys and values rollouts may hold by the memory plan; None without a plan."""
+        return (
+            None if self.memory_plan is None else self.memory_plan.job.rollout_batch_size * self.memory_plan.job.length
+        )
 
     def examples(self, record: Experience) -> list[Example]:
         return [record.example]
@@ -160,7 +168,8 @@ class RLTrainer(Trainer):
             self.rollouts.functions,
             reward_weights=a.reward_weights,
             max_new_tokens=a.max_completion_length,
-            max_batch_size=self.rollout_batch_size or a.rollout_batch_size,
+            slots=self.rollout_batch_size or a.rollout_batch_size,
+            max_tokens=self.rollout_tokens,
         )
         return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
 

@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("uvicorn")
 
+import rlhf_fast.trainers.engines
 from rlhf_fast import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
-from rlhf_fast.rollout import ServerEngine
+from rlhf_fast.rollout import CAPABILITIES, ServerEngine
 from rlhf_fast.run.checkpoint import list_checkpoints
 from tests.rollout.conftest import Served
 
@@ -165,9 +166,18 @@ def test_an_engine_of_ones_own_gets_the_adapter_too(run_grpo, served, make_model
         GRPOTrainer(make_model(), Recorder(), args=args, **options)
 
 
-def test_vllm_in_process_is_chosen_and_misspelt_by_name(run_grpo):
-    """This model object has no name that vLLM could load it by."""
+def test_vllm_in_process_is_chosen_by_name_and_gets_its_settings(run_grpo, monkeypatch):
+    """This model object has no name that vLLM could load it by; what vLLM would be asked for is in test_server."""
+    options = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4, "seed": 3}
     with pytest.raises(UserError, match="vllm_mode colocate loads the base by its name"):
-        run_grpo(use_vllm=True, vllm_mode="colocate")
+        run_grpo(**options)
     with pytest.raises(UserError, match="choose one of server, colocate"):
         run_grpo(use_vllm=True, vllm_mode="colocated")
+    asked = []
+    monkeypatch.setattr(rlhf_fast.trainers.engines, "ColocatedEngine", lambda _, **given: asked.append(given) or Idle())
+    run_grpo(**options, vllm_enable_sleep_mode=True)
+    assert asked == [{"allow_sleep": True, "gpu_memory_utilization": 0.4, "seed": 3}]
+
+
+class Idle:
+    capabilities = CAPABILITIES
