@@ -112,18 +112,14 @@ class RLConfig(TrainerConfig):
     temperature: float = 1.0  # of sampling, and of every log-probability
     rollout_batch_size: int = 128  # sequences generated at a time
     num_eval_prompts: int = 256  # held-out prompts answered greedily at each evaluation
-    use_vllm: bool = (
-        False  # sample through vLLM, or through `rlhf-fast serve`, which speaks its dialect; needs an adapter
-    )
+    use_vllm: bool = False  # sample through vLLM, or `rlhf-fast serve`, which speaks its dialect; LoRA only
     vllm_mode: str = "server"  # server: over HTTP; colocate: vLLM in this process, on the same GPU
     vllm_server_base_url: str | list[str] = "http://127.0.0.1:8000"  # of the server; several share the prompts
     vllm_server_timeout: float = 240.0  # seconds to wait at the start until the servers are up
     vllm_request_timeout: float = 600.0  # seconds that a prompt may take before it is sent again
     vllm_enable_sleep_mode: bool = False  # vLLM gives its GPU memory back while the policy is updated
     vllm_gpu_memory_utilization: float = 0.3  # share of the GPU that vLLM takes in colocate mode
-    vllm_logprob_tolerance: float = (
-        0.1  # nats per token by which engine and trainer may differ on a probe, else it stops
-    )
+    vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by on a probe
 
     def __post_init__(self) -> None:
         super().__post_init__()
