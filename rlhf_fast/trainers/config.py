@@ -20,6 +20,7 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+IMPORTANCE_MODES = ("token_truncate", "sequence_truncate")
 AT_LEAST_ONE = (
     "num_train_epochs",
     "per_device_train_batch_size",
@@ -120,7 +121,19 @@ class RLConfig(TrainerConfig):
     vllm_enable_sleep_mode: bool = False  # vLLM gives its GPU memory back while the policy is updated
     vllm_gpu_memory_utilization: float = 0.3  # share of the GPU that vLLM takes in colocate mode
     vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by on a probe
+    vllm_importance_sampling_correction: bool = (
+        True  # weigh losses by policy / vLLM, which sampled a little differently
+    )
+    vllm_importance_sampling_mode: str = (
+        "token_truncate"  # a weight for each token, or sequence_truncate: for each response
+    )
+    vllm_importance_sampling_clip_max: float = 3.0  # largest such weight
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("vllm_mode", self.vllm_mode, ("server", "colocate"))
+        one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
+        if self.vllm_importance_sampling_clip_max <= 0:
+            raise UserError(
+                f"vllm_importance_sampling_clip_max is {self.vllm_importance_sampling_clip_max}; it must be above 0"
+            )

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, packed
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
+from rlhf_fast.losses import sequence_importance
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
+from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
 from .engines import WeightSync, build_engine
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+# figures of policy_loss about the engine -> TRL's names
+ENGINE_FIGURES = {
+    "rollout_gap": "sampling/sampling_logp_difference/mean",
+    "is_ratio_mean": "sampling/importance_sampling_ratio/mean",
+    "is_ratio_max": "sampling/importance_sampling_ratio/max",
+}
 
 
 class RLTrainer(Trainer):
@@ -148,6 +159,41 @@ class RLTrainer(Trainer):
             )
         self.add_times(self.rollouts.seconds)
         return experiences, {**metrics, **agreement}
+
+    def against_engine(
+        self, records: list[Experience], batch: TokenBatch, old_logprobs: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The records' advantages (N,), and what else ``policy_loss`` takes to correct for the engine's own weights.
+
+        Without weights of its own the engine is only measured.
+        """
+        a = self.args
+        advantages, rollout = packed(records, "advantages", batch), packed(records, "rollout_logprobs", batch)
+        options = {"rollout_logprobs": rollout}
+        if not (self.sync.sends and a.vllm_importance_sampling_correction):
+            return advantages, options
+        clip = a.vllm_importance_sampling_clip_max
+        if a.vllm_importance_sampling_mode == "token_truncate":
+            return advantages, {**options, "is_clip": clip}
+        # every kind of loss is linear in the advantage, so that this weighs the loss and not its KL
+        weights = sequence_importance(old_logprobs, rollout, batch.response_mask, batch.cu_seqlens, clip)
+        return advantages * weights, options
+
+    @staticmethod
+    def engine_figures(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ``policy_loss`` measured about the engine, under TRL's names."""
+        return {name: metrics[key] for key, name in ENGINE_FIGURES.items() if key in metrics}
+
+    def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:
+        figures = super()._log(log, seconds, tokens)
+        gap, most = figures.get("sampling/sampling_logp_difference/mean", 0.0), self.args.vllm_logprob_tolerance
+        if gap > most:
+            logger.warning(
+                "step %d: the log-probabilities of what %s sampled differ from the policy's by %.3g nats per token (alarm at "
+                "vllm_logprob_tolerance, %g): it samples from another policy than the one that is trained",
+                *(self.step, type(self.engine).__name__, gap, most),
+            )
+        return figures
 
     def annotate(self, experiences: list[Experience], **passes: Callable[[TokenBatch], Tensor]) -> None:
         """Fill per-token entries by name, each with what its pass returns, in the micro-batches that fit in memory."""

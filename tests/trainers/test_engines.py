@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import CAPABILITIES, ServerEngine
 from rlhf_fast.run.checkpoint import list_checkpoints
 from tests.rollout.conftest import Served
+from tests.rollout.test_server import Faults
 
 ROWS = [{"prompt": f"{i}+{i * 3 % 7}="} for i in range(8)]
 
@@ -76,10 +79,10 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("kind", [GRPOTrainer, PPOTrainer])
-def test_a_run_through_a_server_is_the_run_in_process(run_grpo, served, run, kind):
+def test_a_run_through_a_server_is_the_run_in_process(run_grpo, served, run, sgd, kind):
     """Two steps whose updates change what is sampled next: the same tokens, the same weights to fp32's precision."""
-    one, here = run_grpo(kind=kind)
-    two, there = run_grpo(served().url, kind=kind)
+    one, here = run_grpo(kind=kind, learning_rate=1.0)
+    two, there = run_grpo(served().url, kind=kind, learning_rate=1.0)
     steps = [run(trainer).steps for trainer in (one, two)]
     assert there.seen == here.seen and len(here.seen) == 2
     for name, weight in weights(one).items():
@@ -134,7 +137,9 @@ def test_a_server_of_another_base_stops_the_run_before_its_first_step(run_grpo, 
 
 
 def test_a_run_whose_server_dies_is_saved_there_and_goes_on_to_the_same_end(run_grpo, served):
-    """Killed before its third rollout, started again, resumed: bit for bit the weights of a run that never stopped."""
+    """Killed before its third rollout, started again, resumed: bit for bit the weights of a run that never stopped. The
+    last bits of a server's log-probabilities depend on who else it writes for, so nothing is corrected by them here."""
+    run_grpo = functools.partial(run_grpo, vllm_importance_sampling_correction=False)
     whole, _ = run_grpo(served().url, max_steps=4, save_steps=100)
     whole.train()
 
@@ -150,6 +155,69 @@ def test_a_run_whose_server_dies_is_saved_there_and_goes_on_to_the_same_end(run_
     again.train(resume_from_checkpoint=True)
     for name, weight in weights(whole).items():
         assert torch.equal(weights(again)[name], weight), name
+
+
+def off_by(ratio):
+    """A middleware: log-probabilities of rollouts (not of the probe's single sample) are reported lower, so that the policy
+    finds every token ``ratio`` times as likely as the engine did."""
+
+    def shift(answer):
+        for choice in answer["choices"] if len(answer["choices"]) > 1 else ():
+            reported = choice["logprobs"]["token_logprobs"]
+            choice["logprobs"]["token_logprobs"] = [x - math.log(ratio) for x in reported]
+        return answer
+
+    def wrap(app):
+        faults = Faults(app)
+        faults.always = shift
+        return faults
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    ("correction", "by"),
+    [
+        ({"correction": False}, 1.0),
+        ({"mode": "token_truncate", "clip_max": 2.0}, 1.25),
+        ({"mode": "token_truncate", "clip_max": 1.2}, 1.2),
+        ({"mode": "sequence_truncate", "clip_max": 1.2}, 1.2),
+    ],
+)
+def test_the_loss_is_weighed_by_how_much_likelier_the_policy_finds_what_was_sampled(
+    run_grpo, served, run, correction, by, caplog
+):
+    """Every ratio is 1.25, of a token, and more of a response: weights are the same everywhere, and so scale the gradient."""
+    settings = {f"vllm_importance_sampling_{name}": value for name, value in correction.items()}
+    (plain,) = run(run_grpo(served().url, max_steps=1)[0]).steps
+    (step,) = run(run_grpo(served(off_by(1.25)).url, max_steps=1, **settings)[0]).steps
+    assert step["grad_norm"] == pytest.approx(by * plain["grad_norm"], rel=1e-4)
+    assert step["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.25, rel=1e-4)
+    assert step["sampling/importance_sampling_ratio/max"] == pytest.approx(1.25, rel=1e-4)
+    assert step["sampling/sampling_logp_difference/mean"] == pytest.approx(math.log(1.25), rel=1e-3)
+    assert plain["sampling/sampling_logp_difference/mean"] < 1e-5
+    assert caplog.text.count("step 1: the log-probabilities of what ServerEngine sampled differ") == 1  # the alarm
+
+
+def test_a_response_is_weighed_by_the_product_of_its_ratios(run_grpo, served, run):
+    """Nothing is cut: a response of T tokens weighs 1.25^T, more than any of its tokens."""
+    settings = {"vllm_importance_sampling_mode": "sequence_truncate", "vllm_importance_sampling_clip_max": 1e6}
+    (plain,) = run(run_grpo(served().url, max_steps=1)[0]).steps
+    (step,) = run(run_grpo(served(off_by(1.25)).url, max_steps=1, **settings)[0]).steps
+    assert step["grad_norm"] > 1.3 * plain["grad_norm"]
+
+
+def test_an_engine_in_process_is_measured_and_never_corrected_for(run_grpo, run):
+    steps = [run(run_grpo(vllm_importance_sampling_correction=on)[0]).steps for on in (True, False)]
+    assert steps[0] == steps[1]
+    assert all(step["sampling/sampling_logp_difference/mean"] < 1e-5 for step in steps[0])
+
+
+def test_an_importance_correction_that_cannot_be_is_refused(run_grpo):
+    with pytest.raises(UserError, match="choose one of token_truncate, sequence_truncate"):
+        run_grpo(vllm_importance_sampling_mode="token")
+    with pytest.raises(UserError, match="vllm_importance_sampling_clip_max is 0.0; it must be above 0"):
+        run_grpo(vllm_importance_sampling_clip_max=0.0)
 
 
 def test_an_engine_of_ones_own_gets_the_adapter_too(run_grpo, served, make_model, tokenizer, settings):
