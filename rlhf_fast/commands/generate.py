@@ -241,7 +241,9 @@ def _blocks(prompts: list[Prompt], args: argparse.Namespace) -> Iterator[list[Pr
     return (prompts[i : i + size] for i in range(0, len(prompts), size))
 
 
-def _responses(engine: Engine, prompts: Sequence[Prompt], args: argparse.Namespace, start: int) -> list[dict[str, Any]]:
+def _responses(
+    engine: SlotEngine | GenerateEngine, prompts: Sequence[Prompt], args: argparse.Namespace, start: int
+) -> list[dict[str, Any]]:
     """One row per response. ``start`` prompts came before these: every prompt has random numbers of its own."""
     from rlhf_fast.rollout import decode
 

@@ -143,7 +143,7 @@ class DecodingLoop:
                 logits = logits[self.rows.prompt]
 
             if first and self.rows.settings.penalised:
-                self._note_prompts(input_ids, model_kwargs["attention_mask"], logits.shape[1])
+                self._note_prompts(input_ids, model_kwargs.get("attention_mask"), logits.shape[1])
             token = self._sample(logits, live, step)
             input_ids = torch.cat([input_ids, token[:, None]], dim=1)
             going = self._finish(token, live, step)
@@ -157,10 +157,11 @@ class DecodingLoop:
                 input_ids, model_kwargs = select(kept, input_ids, model_kwargs)
         return Decoded(self.tokens, self.logprobs, self.filtered_logprobs, self.lengths, self.stopped)
 
-    def _note_prompts(self, input_ids: Tensor, attention_mask: Tensor, vocabulary: int) -> None:
-        """Mark the prompts' tokens as seen; (R, L) each, padded on the left."""
+    def _note_prompts(self, input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
+        """Mark the prompts' tokens as seen; (R, L) each, padded on the left. transformers drops a mask that hides nothing."""
         self.seen = torch.zeros(len(input_ids), vocabulary, dtype=torch.bool, device=input_ids.device)
-        rows, columns = attention_mask[:, : input_ids.shape[1]].nonzero(as_tuple=True)
+        shown = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
+        rows, columns = shown.nonzero(as_tuple=True)
         self.seen[rows, input_ids[rows, columns]] = True
 
     def _sample(self, logits: Tensor, live: Tensor, step: int) -> Tensor:

@@ -275,6 +275,9 @@ class Session:
         drawn = np.stack([w.stream.random(BLOCK) for w in new])
         self.uniforms[began : len(self.live)] = self._to_device(drawn)
         self.settings = None
+        for writing in new:
+            if writing.prompt.started == writing.prompt.request.n:
+                writing.prompt.pack = None  # its memory goes with the last prompt that needs it
         if any(w.prompt.request.repetition_penalty != 1 for w in new):
             self._note_prompts(began, logits[0].shape[1])
         return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import string
 import threading
 import time
@@ -10,19 +11,30 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
+from rlhf_fast.rollout import GenerateEngine, SlotEngine
 
 VOCAB = ["<eos>", "<end>", "<unk>", *string.ascii_lowercase, *string.digits, *" +=#.-$,"]  # 47 tokens
 SHAPE = {"vocab_size": len(VOCAB), "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 0}
@@ -72,7 +84,32 @@ def gemma3():
     return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **body, layer_types=layers, final_logit_softcapping=3.0))
 
 
-ARCHITECTURES = {"qwen2": qwen, "gpt2": gpt2, "mistral": mistral, "gemma3": gemma3}
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **BODY, tie_word_embeddings=False))
+
+
+def gemma():
+    return GemmaForCausalLM(GemmaConfig(**SHAPE, **BODY, head_dim=8))
+
+
+def phi3():
+    """One linear for query, key and value."""
+    return Phi3ForCausalLM(Phi3Config(**SHAPE, **BODY, pad_token_id=0))
+
+
+def qwen3():
+    """Norms of queries and keys."""
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, **BODY, head_dim=8, tie_word_embeddings=False))
+
+
+def gemma2(softcap=50.0):
+    """Soft-capped attention, which the slots refuse."""
+    body = {**BODY, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, **body, attn_logit_softcapping=softcap))
+
+
+ARCHITECTURES = {f.__name__: f for f in (gpt2, mistral, gemma3, llama, gemma, phi3, qwen3, gemma2)} | {"qwen2": qwen}
+ARCHITECTURES["gemma2, no soft cap"] = functools.partial(gemma2, None)
 
 
 @pytest.fixture
@@ -161,3 +198,16 @@ def serve():
     yield start
     for served in running:
         served.stop()
+
+
+@pytest.fixture(params=["slots", "slots, prompts in chunks", "generate"])
+def make_engine(request):
+    """make_engine(policy, size=128, **options) -> each engine of this process in turn, with ``size`` sequences at a time."""
+
+    def make(policy, size: int = 128, **options):
+        if request.param == "generate":
+            return GenerateEngine(policy, max_batch_size=size, **options)
+        chunk = 4 if "chunks" in request.param else 4096
+        return SlotEngine(policy, slots=size, prefill_tokens=chunk, **options)
+
+    return make

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from rlhf_fast.rollout.sampling import invert_cdf, keep_top
+from rlhf_fast.rollout import Request
+from rlhf_fast.rollout.sampling import Settings, invert_cdf, keep_top, random_stream, sample, settings_row
 
 
 def test_the_cdf_is_inverted_exactly_and_impossible_tokens_are_never_drawn():
@@ -28,3 +36,45 @@ def test_top_k_then_top_p_by_hand():
     torch.testing.assert_close(
         kept, torch.tensor([[0.4, 0.3, 0, 0], [0.4, 0, 0, 0], [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0, 0]])
     )
+
+
+def test_filters_and_penalty_are_those_of_transformers_in_their_order():
+    """4,000 draws of one row with everything on: exactly the tokens that transformers keeps, with its probabilities."""
+    torch.manual_seed(0)
+    request = Request([3], temperature=0.7, top_k=9, top_p=0.85, min_p=0.05, repetition_penalty=1.4)
+    logits, seen = torch.randn(1, 30) * 2, torch.tensor([[1, 4, 4, 20, 7]])
+    scores = logits.double()
+    for processor in (
+        RepetitionPenaltyLogitsProcessor(1.4),
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(9),
+        TopPLogitsWarper(0.85),
+        MinPLogitsWarper(0.05),
+    ):
+        scores = processor(seen, scores)
+    expected = scores.softmax(-1)[0]
+    marks = torch.zeros(1, 30, dtype=torch.bool)
+    marks[0, seen[0]] = True
+    count = 4000
+    settings = Settings.of([request], torch.tensor([settings_row(request)]).expand(count, -1))
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = sample(logits.expand(count, -1), settings, uniforms, marks.expand(count, -1))
+    shares = torch.bincount(drawn.token, minlength=30) / count
+    assert ((shares - expected).abs() <= 1 / count + 1e-9).all()  # evenly spaced numbers: to the last draw
+    torch.testing.assert_close(drawn.filtered_logprob, expected[drawn.token].log(), atol=1e-6, rtol=0)
+    plain = (logits / 0.7).log_softmax(-1)[0, drawn.token]
+    torch.testing.assert_close(drawn.logprob, plain)
+
+
+def test_min_p_by_hand():
+    """0.4 0.3 0.2 0.1: half as likely as the likeliest are 0.4, 0.3 and, just, 0.2."""
+    weights = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    zero, one = torch.zeros(1), torch.ones(1)
+    kept, _ = keep_top(weights, zero, one, torch.tensor([0.5]))
+    torch.testing.assert_close(kept, torch.tensor([[0.4, 0.3, 0.2, 0.0]]))
+
+
+def test_a_stream_goes_on_where_it_stopped():
+    whole, parts = random_stream(5, 2).random(20), random_stream(5, 2)
+    assert [*parts.random(7), *parts.random(13)] == list(whole)
+    assert list(random_stream(5, 3).random(20)) != list(whole)
