@@ -38,6 +38,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--api_key", help=f"what clients must send; better in the environment, as {API_KEY}")
     parser.add_argument("--max_tokens", type=int, default=32_768, help="most new tokens of a response")
     parser.add_argument("--slots", type=int, default=64, help="responses written at once")
+    parser.add_argument(
+        "--cache_tokens", type=int, help="most tokens, prompts included, that the slots hold; no limit when not given"
+    )
     add_model_options(parser)
     args = parser.parse_args(argv)
     uvicorn = _uvicorn()
@@ -121,7 +124,7 @@ def _service(args: Any) -> Service:
             models.load(name, folder)
         except ApiError as error:
             raise UserError(f"serve: --adapter {name}: {error.message}") from error
-    return Service(Worker(SlotEngine(policy, slots=args.slots)), models, args.max_tokens)
+    return Service(Worker(SlotEngine(policy, slots=args.slots, max_tokens=args.cache_tokens)), models, args.max_tokens)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ class ServerEngine:
         if adapter_dir is None:
             raise UserError("rollout: a server cannot share the trainer's weights; pass the folder of an adapter")
         name, folder = f"{self.adapter_name}-v{version}", str(Path(adapter_dir).resolve())
-        _run(self._everywhere(lambda client, server: self._load(client, server, name, folder)))
+        _run(self._everywhere(lambda client, server: self._load(client, server, name, folder), revive=True))
         self.serving, self.version = name, version
 
     def reset_cache(self) -> None:
@@ -147,8 +147,7 @@ class ServerEngine:
         samples: dict[str, Sample] = {}
 
         async def ask(client: httpx2.AsyncClient, server: Server) -> None:
-            if server.ready:
-                samples[server.url] = (await self._ask(client, server, request, request.seed or 0))[0]
+            samples[server.url] = (await self._ask(client, server, request, request.seed or 0))[0]
 
         _run(self._everywhere(ask))
         return samples
@@ -236,19 +235,26 @@ class ServerEngine:
 
     # ---- all servers
 
-    async def _everywhere(self, what: Callable[[httpx2.AsyncClient, Server], Awaitable[Any]]) -> None:
-        """Do something on every server at once, with retries. Those that cannot are left out, with a warning."""
+    async def _everywhere(
+        self, what: Callable[[httpx2.AsyncClient, Server], Awaitable[Any]], revive: bool = False
+    ) -> None:
+        """Do something on every server in use at once, with retries. Those that cannot are left out, with a warning.
+
+        Args:
+            revive: on those too that were left out; where it succeeds they are in use again.
+        """
+        servers = [server for server in self.servers if revive or server.ready]
         async with self._client() as client:
             results = await asyncio.gather(
-                *(self._insist(lambda s=s: what(client, s)) for s in self.servers), return_exceptions=True
+                *(self._insist(lambda s=s: what(client, s)) for s in servers), return_exceptions=True
             )
-        wrong = {server: result for server, result in zip(self.servers, results) if result is not None}
+        wrong = {server: result for server, result in zip(servers, results) if result is not None}
         for result in wrong.values():
             if not isinstance(result, (UserError, Unusable)):
                 raise result
-        for server in self.servers:
+        for server in servers:
             server.ready = server not in wrong
-        if len(wrong) == len(self.servers):
+        if len(wrong) == len(servers):
             told = "; ".join(str(e) if isinstance(e, UserError) else f"rollout: {s.url} {e}" for s, e in wrong.items())
             refused = any(isinstance(e, UserError) for e in wrong.values())
             raise UserError(told) if refused else RolloutError(f"{told}; start it again")

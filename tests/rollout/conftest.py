@@ -148,14 +148,14 @@ def adapter_folder(make_policy, tmp_path):
 class Served:
     """The real application on a real port of this machine, in a thread."""
 
-    def __init__(self, policy, wrap=None, *, slots=4, name="base", api_key=None, max_tokens=64):
+    def __init__(self, policy, wrap=None, *, slots=4, name="base", api_key=None, max_tokens=64, cache_tokens=None):
         import uvicorn
 
         from rlhf_fast.rollout.serving.app import Service, build_app
         from rlhf_fast.rollout.serving.worker import ServedModels, Worker
         from rlhf_fast.rollout.slots import SlotEngine
 
-        self.worker = Worker(SlotEngine(policy, slots=slots))
+        self.worker = Worker(SlotEngine(policy, slots=slots, max_tokens=cache_tokens))
         self.service = Service(self.worker, ServedModels(policy, name), max_tokens)
         app = build_app(self.service, api_key)
         # a middleware sees the lifespan too, and must hand it on

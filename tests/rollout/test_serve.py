@@ -339,6 +339,12 @@ def served_once(tokenizer):
     served.stop()
 
 
+def test_a_request_that_the_cache_has_no_room_for_is_refused(make_policy, serve):
+    served = serve(make_policy(), cache_tokens=20)
+    assert "the cache has room for 20" in refused(served, 400, prompt=[5], max_tokens=20)
+    assert complete(served, prompt=[[5], [6], [7]], max_tokens=15)["choices"]
+
+
 # ---- who may call
 
 
@@ -347,6 +353,7 @@ def test_a_page_that_rebinds_a_name_or_comes_from_elsewhere_is_refused(make_poli
     port = served.url.rpartition(":")[2]
     assert "answers to localhost only" in refused(served, 403, headers={"Host": f"evil.example:{port}"}, prompt=[5])
     assert "page of http://evil.example" in refused(served, 403, headers={"Origin": "http://evil.example"}, prompt=[5])
+    assert "is no place" in refused(served, 400, headers={"Host": "[::1"}, prompt=[5])
     for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
         same = {"Host": host, "Origin": f"http://{host}"}
         response = httpx2.post(f"{served.url}/v1/completions", json={"prompt": [5]}, headers=same, timeout=60)

@@ -300,6 +300,9 @@ def test_a_server_that_cannot_load_an_adapter_is_left_out_until_it_can(make_poli
     engine.update(adapter_folder("a", 0), 1)
     assert f"{two.url} is left out until the next update" in caplog.text
     assert [server.ready for server in engine.servers] == [True, False]
+    engine.reset_cache()
+    probed = engine.probe(Request([5], max_new_tokens=5))
+    assert list(probed) == [one.url] and not engine.servers[1].ready  # only an update brings it back
     assert len(engine.generate(requests())) == 5
     one.kill()
     with pytest.raises(RolloutError, match=f"{one.url} cannot be reached.*; {re.escape('rollout: ' + two.url)} cannot"):

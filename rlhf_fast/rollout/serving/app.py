@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
@@ -129,7 +129,8 @@ class Running:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, what: Sample | ApiError) -> None:
-            loop.call_soon_threadsafe(self.events.put_nowait, (number, index, what))
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever asked
+                loop.call_soon_threadsafe(self.events.put_nowait, (number, index, what))
 
         return deliver
 
@@ -233,7 +234,7 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
 def build_app(service: Service, api_key: str | None = None) -> Guard:
     """The ASGI application. Its lifespan starts the engine's thread and ends it."""
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.worker.start()
         try:

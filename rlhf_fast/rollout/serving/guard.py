@@ -12,7 +12,7 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from .protocol import ApiError
 
@@ -52,11 +52,10 @@ class Guard:
 
     def _check(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
-        if self.api_key is None and not is_loopback(name):
+        if self.api_key is None and not is_loopback(_place(f"//{host}").hostname or ""):
             raise ApiError(403, f"the Host header is {host!r}, and this server answers to localhost only")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin).netloc != host:
             raise ApiError(403, f"the request comes from a page of {origin}, which may not call this server")
         if self.api_key is not None:
             scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -83,6 +82,13 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.max_body} bytes; split the request")
+
+
+def _place(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:  # such as a bracket that is never closed
+        raise ApiError(400, f"{url!r:.80} in the Host or Origin header is no place") from error
 
 
 async def _refuse(send: Callable, error: ApiError) -> None:
