@@ -3,6 +3,7 @@
     python -m bench.gpu_suite --part ops --out DIR
     python -m bench.gpu_suite --part ops --dry-run      # the same steps at tiny sizes on a CPU, Triton interpreted
     python -m bench.gpu_suite --part train --out DIR    # whole training steps, see bench/gpu_train.py
+    python -m bench.gpu_suite --part rollout --out DIR  # tokens per second, see bench/gpu_rollout.py
 
 Every step has a deadline. A step that fails or runs out of time is reported and the rest goes on: operations are timed
 even if their tests fail, as every contender is compared with float64 first, and the rows say so. The first round of
@@ -151,7 +152,7 @@ def wait(process: subprocess.Popen, deadline: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("ops", "train"), default="ops", help="operations, or whole training steps")
+    parser.add_argument("--part", choices=("ops", "train", "rollout"), default="ops", help="what is timed")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, Triton interpreted")
     parser.add_argument("--out", type=Path, help="default: bench/results; a temporary folder for a dry run")
     args = parser.parse_args()
@@ -165,10 +166,14 @@ def main() -> int:
         suite = Suite(out, log, PATIENCE * BUDGET if args.dry_run else BUDGET)
         if args.part == "ops":
             run_ops(suite, DRY if args.dry_run else FULL)
-        else:
+        elif args.part == "train":
             from bench.gpu_train import run_train
 
             run_train(suite, args.dry_run)
+        else:
+            from bench.gpu_rollout import run_rollout
+
+            run_rollout(suite, args.dry_run)
         ran = "dry run" if args.dry_run else "run"
         suite.say(f"{ran} of {time.monotonic() - suite.began:.0f} s; results in {out}")
     return any(verdict != "ok" and not verdict.startswith("left out") for verdict in suite.verdicts.values())

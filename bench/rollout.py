@@ -40,7 +40,7 @@ SHAPES = {
     | {"num_key_value_heads": 4, "vocab_size": 152064},
 }
 COLUMNS = ("shape", "device", "prompts", "n", "longest", "contender", "batch", "status", "tokens", "seconds", "min_s")
-COLUMNS += ("max_s", "tokens_per_second", "of_bandwidth", "peak_gb", "rounds", "machine", "threads")
+COLUMNS += ("max_s", "median_cpu_s", "tokens_per_second", "of_bandwidth", "peak_gb", "rounds", "machine", "threads")
 COLUMNS += ("date", "versions")
 KEY = ("shape", "device", "prompts", "n", "longest", "contender", "batch")
 
@@ -176,12 +176,12 @@ def main() -> None:
     names = args.contenders or list(CONTENDERS)
     faults = {name: check(name, policy) for name in names}
     about = {"shape": args.shape, "device": device, "prompts": args.prompts, "n": args.n, "longest": args.longest}
-    rows = [about | {"contender": n, "batch": b, "times": []} for n in names for b in args.batches]
+    rows = [about | {"contender": n, "batch": b, "times": [], "cpu": []} for n in names for b in args.batches]
     for turn in range(args.rounds):
         for row in rows if turn % 2 == 0 else reversed(rows):
-            if time.perf_counter() - began < args.seconds or not turn:
+            if time.perf_counter() - began < args.seconds:
                 measure(row, policy, work, faults[row["contender"]])
-    written = write(path, [finished(row, work, policy) for row in rows])
+    written = write(path, [finished(row, work, policy) for row in rows if "status" in row])
     path.with_suffix(".md").write_text(markdown(written))
     print(markdown(written))
 
@@ -227,11 +227,12 @@ def measure(row: dict[str, Any], policy: Policy, work: Work, fault: str | None) 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         found = CONTENDERS[row["contender"]](policy, work, row["batch"], 1.0)
         if cuda:
             torch.cuda.synchronize()
-        row["times"].append(time.perf_counter() - began)
+        row["times"].append(time.perf_counter() - began[0])
+        row["cpu"].append(time.process_time() - began[1])
         if any([len(s) for s in found[i]] != [length] * work.n for i, length in enumerate(work.lengths)):
             row["status"] = "wrong: responses of other lengths"
     except Exception as error:  # noqa: BLE001
@@ -242,13 +243,14 @@ def measure(row: dict[str, Any], policy: Policy, work: Work, fault: str | None) 
 
 def finished(row: dict[str, Any], work: Work, policy: Policy) -> dict[str, Any]:
     """The row as it is written."""
-    times = row.pop("times")
-    median = statistics.median(times) if times else float("nan")
+    times, cpu = row.pop("times"), row.pop("cpu")
+    median, median_cpu = (statistics.median(x) if x else float("nan") for x in (times, cpu))
     return row | {
         "tokens": work.tokens,
         "seconds": median,
         "min_s": min(times, default=float("nan")),
         "max_s": max(times, default=float("nan")),
+        "median_cpu_s": median_cpu,
         "tokens_per_second": work.tokens / median,
         "of_bandwidth": bandwidth_limit(policy) * work.tokens / row["batch"] / median,
         "rounds": len(times),
@@ -315,8 +317,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
             f"{first['machine']}, {first['threads']} thread(s), {first['versions']}, {first['date']}. Qwen2 architecture, random",
             f"weights: {sizes}. {first['tokens']} new tokens; medians of {first['rounds']} round(s).",
             "",
-            "| contender | sequences at a time | tokens/s | ours over it | of the bandwidth limit | seconds (least, most) |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| contender | sequences at a time | tokens/s | ours over it | of the bandwidth limit | seconds (least, most) | CPU seconds |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         winners = best(group)
         ours = next((float(r["tokens_per_second"]) for r in winners if r["contender"] == "slots"), float("nan"))
@@ -326,7 +328,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
             told = told if row["status"] == "ok" else [row["status"], "", ""]
             mark = " (best)" if row in winners and row["status"] == "ok" else ""
             lines.append(
-                f"| {row['contender']}{mark} | {row['batch']} | {' | '.join(told)} | {row['seconds']} ({row['min_s']}, {row['max_s']}) |"
+                f"| {row['contender']}{mark} | {row['batch']} | {' | '.join(told)} | {row['seconds']} ({row['min_s']}, {row['max_s']}) | {row['median_cpu_s']} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -31,12 +31,13 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.engine import Request, Sample
+from rlhf_fast.rollout.graphs import POSITION, TOKEN, DecodeGraphs
 from rlhf_fast.rollout.sampling import Settings, draw_seed, random_stream, sample, settings_row
-from rlhf_fast.rollout.slot_cache import Chunk, Decode, Pack, SlotCache
+from rlhf_fast.rollout.slot_cache import Chunk, Pack, SlotCache
 
 BLOCK = 256  # random numbers drawn for a sample at a time
 LOOKAHEAD = 512  # prompt tokens prefilled together even when fewer slots are free: one pass over the weights for all
-TOKEN, POSITION, COUNT = range(3)  # columns of a session's integers
+COUNT = 2  # column of a session's integers, behind TOKEN and POSITION: tokens drawn
 
 
 @dataclass(eq=False)
@@ -105,7 +106,6 @@ class Session:
         context: int | None,
         eos_ids: list[int],
         version: int,
-        decoder: Any = None,
     ) -> None:
         self.model, self.tokenizer, self.cache, self.device = model, tokenizer, cache, model.device
         self.slots, self.max_tokens, self.prefill_tokens = slots, max_tokens, prefill_tokens
@@ -118,7 +118,7 @@ class Session:
         self.uniforms = torch.zeros(slots, BLOCK, dtype=torch.float64, device=self.device)
         self.seen: Tensor | None = None  # (slots, V) bool, once a repetition penalty asks for it
         self.settings: Settings | None = None  # of the live slots; None when they have changed
-        self.decoder = decoder
+        self.graphs = DecodeGraphs(model, cache, self.integers)
         self._keys = 0
 
     @property
@@ -334,13 +334,9 @@ class Session:
         """(B, V) logits behind the last token of every live sample."""
         length = max(w.position for w in self.live) + 1
         self._make_room(length)
-        rows = self.integers[: len(self.live)]
-        if self.decoder is not None:
-            return self.decoder(rows, length)
-        work = Decode(self.cache, rows[:, POSITION], length)
-        return self.model(
-            input_ids=rows[:, TOKEN, None], position_ids=rows[:, POSITION, None], use_cache=False, work=work
-        ).logits[:, -1]
+        # on a CPU a pass of exactly the live slots and their keys is the fastest
+        decode = self.graphs if self.device.type == "cuda" else self.graphs.run
+        return decode(len(self.live), length)
 
     def _record(self, logits: Tensor) -> list[Writing]:
         """Sample from (B, V) logits, note the tokens, and let finished samples leave."""

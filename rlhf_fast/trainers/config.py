@@ -111,7 +111,7 @@ class RLConfig(TrainerConfig):
     allow_truncation: bool = False  # go on when more than 1% of the prompts are left out
     max_completion_length: int = 512  # tokens sampled at most
     temperature: float = 1.0  # of sampling, and of every log-probability
-    rollout_batch_size: int = 128  # sequences generated at a time
+    rollout_batch_size: int = 128  # sequences written at a time; one that ends makes room for the next
     num_eval_prompts: int = 256  # held-out prompts answered greedily at each evaluation
     use_vllm: bool = False  # sample through vLLM, or `rlhf-fast serve`, which speaks its dialect; LoRA only
     vllm_mode: str = "server"  # server: over HTTP; colocate: vLLM in this process, on the same GPU

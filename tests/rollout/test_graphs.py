@@ -1,0 +1,89 @@
+"""What a CUDA graph would compute: more slots and keys than are live. Capturing itself needs a GPU."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+from rlhf_fast.rollout import Request, SlotEngine
+from rlhf_fast.rollout.graphs import DecodeGraphs, rounded_keys, rounded_slots
+
+PROMPTS = [[5], [7, 9, 11], [30, 31, 32, 33, 34, 35, 36, 37, 38], [12, 13], [20, 0, 21, 0, 22]]
+
+
+class Uncaptured(DecodeGraphs):
+    """Runs what would be captured, at the rounded shapes."""
+
+    captured: ClassVar[list[tuple[int, int]]] = []
+
+    def capture(self, slots, keys):
+        self.captured.append((slots, keys))
+        return lambda: self.run(slots, keys)
+
+
+def write(policy, requests, graphs=None):
+    """Tokens of every sample by key and index."""
+    found = {}
+    with SlotEngine(policy, slots=11).session() as session:
+        for request in requests:
+            session.add(request)
+        if graphs is not None:
+            session.graphs = graphs(session.model, session.cache, session.integers)
+            session._decode = lambda: _by_graph(session)
+        while not session.idle:
+            for w in session.step():
+                found[w.key, w.index] = w.sample.ids
+        return found
+
+
+def _by_graph(session):
+    length = max(w.position for w in session.live) + 1
+    session._make_room(length)
+    return session.graphs(len(session.live), length)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
+def test_slots_and_keys_that_are_not_live_change_nothing(make_policy, architecture):
+    """Samples come and go, the cache grows, and slots that were left hold positions of their last sample."""
+    policy = make_policy(architecture)
+    requests = [Request(p, n=4, max_new_tokens=5 + 9 * i, seed=i) for i, p in enumerate(PROMPTS)]
+    Uncaptured.captured.clear()
+    assert write(policy, requests, Uncaptured) == write(policy, requests)
+    # 11 is all there are; the cache grew, and with it the graphs were dropped
+    assert {slots for slots, _ in Uncaptured.captured} >= {2, 8, 11}
+    assert len({keys for _, keys in Uncaptured.captured}) > 1
+
+
+def test_a_model_that_cannot_be_captured_runs_step_by_step_and_a_line_says_so(policy, caplog):
+    class Broken(DecodeGraphs):
+        def capture(self, slots, keys):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    requests = [Request(p, n=2, max_new_tokens=8, seed=3) for p in PROMPTS]
+    assert write(policy, requests, Broken) == write(policy, requests)
+    assert caplog.text.count("without CUDA graphs: operation not permitted") == 1
+
+
+def test_shapes_are_rounded_up_to_few():
+    counts = range(1, 257)
+    assert all(rounded_slots(n) >= n for n in counts) and len({rounded_slots(n) for n in counts}) == 17
+    assert [rounded_keys(n) for n in (1, 256, 257)] == [256, 256, 512]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_write_what_ordinary_passes_write(make_policy):
+    policy = make_policy().to("cuda")
+    requests = [Request(p, n=4, max_new_tokens=5 + 9 * i, seed=i) for i, p in enumerate(PROMPTS)]
+    engine = SlotEngine(policy, slots=11)
+    captured = [[s.ids for s in g] for g in engine.generate(requests)]
+    with engine.session() as session:
+        session.graphs.refusal = "for comparison"
+        for request in requests:
+            session.add(request)
+        found = {}
+        while not session.idle:
+            for w in session.step():
+                found.setdefault(w.key, {})[w.index] = w.sample.ids
+    assert captured == [[found[i][j] for j in range(4)] for i in range(len(PROMPTS))]
