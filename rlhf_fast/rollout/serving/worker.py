@@ -198,7 +198,10 @@ class Worker(threading.Thread):
             return self._queue.popleft() if self._queue else None
 
     def _turn(self, first: Job) -> None:
-        """Serve ``first`` and who else waits for its model, then newcomers until somebody else waits."""
+        """Serve ``first`` and who else waits for its model, then newcomers until somebody else waits.
+
+        The session stays open while nobody asks: on a GPU it holds graphs that take a while to capture.
+        """
         running = self.running
         newcomers = [first, *self._waiting_for(first.role)]
         try:
@@ -210,11 +213,11 @@ class Worker(threading.Thread):
                     for key in [key for key, job in running.items() if job.cancelled]:
                         session.cancel(key)
                         del running[key]
-                    if time.monotonic() > self._deadline:
+                    if running and time.monotonic() > self._deadline:
                         raise ApiError(503, "the server is shutting down and had no time to finish")
                     for writing in session.step() if running else ():
                         self._deliver(running, writing)
-                    newcomers = self._head_of_queue(first.role)
+                    newcomers = self._head_of_queue(first.role, wait=not running)
         except Exception as error:  # whatever went wrong, the clients must hear of it and the server go on
             if not isinstance(error, ApiError):
                 logger.exception("a turn failed")
@@ -254,9 +257,11 @@ class Worker(threading.Thread):
             self._queue.extendleft(reversed(ahead))
             return jobs
 
-    def _head_of_queue(self, role: str) -> list[Job]:
-        """Take the jobs for ``role`` that nobody else waits before."""
+    def _head_of_queue(self, role: str, wait: bool) -> list[Job]:
+        """Take the jobs for ``role`` that nobody else waits before; with ``wait``, once there is anything at all."""
         with self._changed:
+            while wait and not self._queue and not self._closing:
+                self._changed.wait()
             jobs: list[Job] = []
             while self._queue and isinstance(self._queue[0], Job) and self._queue[0].role == role:
                 jobs.append(self._queue.popleft())
