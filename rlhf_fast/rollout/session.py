@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,35 +31,12 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.engine import Request, Sample
 from rlhf_fast.rollout.graphs import POSITION, TOKEN, DecodeGraphs
+from rlhf_fast.rollout.prompts import Prompt, PromptQueue
 from rlhf_fast.rollout.sampling import Settings, draw_seed, random_stream, sample, settings_row
-from rlhf_fast.rollout.slot_cache import Chunk, Pack, SlotCache
+from rlhf_fast.rollout.slot_cache import SlotCache
 
 BLOCK = 256  # random numbers drawn for a sample at a time
-LOOKAHEAD = 512  # prompt tokens prefilled together even when fewer slots are free: one pass over the weights for all
 COUNT = 2  # column of a session's integers, behind TOKEN and POSITION: tokens drawn
-
-
-@dataclass(eq=False)
-class Prompt:
-    """A request on its way into slots."""
-
-    key: Hashable
-    request: Request
-    seed: int
-    limit: int  # most new tokens, within the model's context
-    started: int = 0  # samples that have had a slot
-    pack: Pack | None = None  # its keys and values, once prefilled
-    row: int = 0  # in the pack
-    prefilled: int = 0  # tokens, of a prompt that is prefilled in chunks
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a sample takes at most."""
-        return self.length + self.limit
 
 
 @dataclass(eq=False)
@@ -110,8 +86,7 @@ class Session:
         self.model, self.tokenizer, self.cache, self.device = model, tokenizer, cache, model.device
         self.slots, self.max_tokens, self.prefill_tokens = slots, max_tokens, prefill_tokens
         self.context, self.eos, self.version = context, frozenset(eos_ids), version
-        self.waiting: deque[Prompt] = deque()  # not prefilled, or the first of them in part
-        self.ready: deque[Prompt] = deque()  # prefilled, with samples that have not had a slot
+        self.queue = PromptQueue(model, prefill_tokens)
         self.live: list[Writing] = []  # by slot
         self.integers = torch.zeros(slots, 3, dtype=torch.long, device=self.device)
         self.values = torch.ones(slots, 5, device=self.device)
@@ -124,7 +99,7 @@ class Session:
     @property
     def idle(self) -> bool:
         """Nothing to do."""
-        return not (self.live or self.ready or self.waiting)
+        return not (self.live or self.queue)
 
     def add(self, request: Request, *, key: Hashable = None, seed: int | None = None) -> Hashable:
         """Queue a request; returns its key, the next integer when None is given.
@@ -150,14 +125,12 @@ class Session:
                 f"{self.max_tokens}. Lower max_new_tokens, or give more room."
             )
         seed = request.seed if request.seed is not None else draw_seed() if seed is None else seed
-        self.waiting.append(Prompt(key, request, seed, limit))
+        self.queue.waiting.append(Prompt(key, request, seed, limit))
         return key
 
     def cancel(self, key: Hashable) -> None:
         """Forget what is left of a request. Nothing happens when it has finished."""
-        for queue in (self.waiting, self.ready):
-            for prompt in [p for p in queue if p.key == key]:
-                queue.remove(prompt)
+        self.queue.remove(key)
         self._leave([row for row, writing in enumerate(self.live) if writing.key == key])
 
     @torch.no_grad()
@@ -176,80 +149,32 @@ class Session:
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._record(logits)
 
-    # ---- prompts
+    # ---- slots
 
     def _start(self) -> list[Tensor]:
         """Give free slots to samples; returns the logits (n, V) behind their prompts, in the order of their slots."""
-        began, budget = len(self.live), self.prefill_tokens
+        began, budget, queue = len(self.live), self.prefill_tokens, self.queue
+        longest = max((w.prompt.longest for w in self.live), default=0)
         while True:
-            while self.ready and self._has_room(self.ready[0]):
-                prompt = self.ready[0]
+            while queue.ready and self._has_room(max(longest, queue.ready[0].longest)):
+                prompt = queue.ready[0]
+                longest = max(longest, prompt.longest)
                 self.live.append(self._begin(prompt))
                 if prompt.started == prompt.request.n:
-                    self.ready.popleft()
-            if self.ready or not self.waiting or len(self.live) >= self.slots:
+                    queue.ready.popleft()
+            free = self.slots - len(self.live)
+            if queue.ready or not queue.waiting or not free:
                 break
-            used = self._prefill(budget)
+            used = queue.prefill(budget, free)
             if not used:
                 break
             budget -= used
         return self._fill_slots(began) if len(self.live) > began else []
 
-    def _has_room(self, prompt: Prompt) -> bool:
+    def _has_room(self, longest: int) -> bool:
+        """Whether there is a slot for one more sample, none of all being longer than ``longest``."""
         count = len(self.live) + 1
-        if count > self.slots or self.max_tokens is None:
-            return count <= self.slots
-        return count * max(prompt.longest, *(w.prompt.longest for w in self.live), 0) <= self.max_tokens
-
-    def _prefill(self, budget: int) -> int:
-        """Prefill the first waiting prompts, or a chunk of the first; returns the tokens computed, 0 if none may be."""
-        first = self.waiting[0]
-        if first.length > self.prefill_tokens:
-            return self._prefill_chunk(first, budget)
-        chosen, tokens, samples = [], 0, 0
-        free = self.slots - len(self.live)
-        for prompt in self.waiting:
-            total = tokens + prompt.length
-            if total > budget or (samples >= free and total > LOOKAHEAD):
-                break
-            chosen.append(prompt)
-            tokens, samples = total, samples + prompt.request.n
-        if not chosen:
-            return 0
-        pack = Pack([p.length for p in chosen], self.device)
-        ids = np.concatenate([np.asarray(p.request.prompt_ids) for p in chosen])
-        positions = np.concatenate([np.arange(p.length) for p in chosen])
-        last = [start + length - 1 for start, length in zip(pack.starts, pack.lengths)]
-        pack.logits = self._forward(pack, ids, positions, last)
-        for row, prompt in enumerate(chosen):
-            self.waiting.popleft()
-            prompt.pack, prompt.row = pack, row
-            self.ready.append(prompt)
-        return tokens
-
-    def _prefill_chunk(self, prompt: Prompt, budget: int) -> int:
-        count = min(budget, prompt.length - prompt.prefilled)
-        if count <= 0:
-            return 0
-        prompt.pack = prompt.pack or Pack([prompt.length], self.device)
-        chunk = Chunk(prompt.pack, prompt.prefilled, count)
-        ids = np.asarray(prompt.request.prompt_ids[chunk.start : chunk.end])
-        logits = self._forward(chunk, ids, np.arange(chunk.start, chunk.end), [count - 1])
-        prompt.prefilled = chunk.end
-        if chunk.end == prompt.length:
-            prompt.pack.logits = logits
-            self.ready.append(self.waiting.popleft())
-        return count
-
-    def _forward(self, work: Any, ids: np.ndarray, positions: np.ndarray, last: list[int]) -> Tensor:
-        """The logits (len(last), V) of one row of tokens at the places ``last``."""
-        both = torch.from_numpy(np.stack([ids, positions]).astype(np.int64)).to(self.device)
-        keep = torch.tensor(last, device=self.device)
-        return self.model(
-            input_ids=both[:1], position_ids=both[1:], use_cache=False, logits_to_keep=keep, work=work
-        ).logits[0]
-
-    # ---- slots
+        return count <= self.slots and (self.max_tokens is None or count * longest <= self.max_tokens)
 
     def _begin(self, prompt: Prompt) -> Writing:
         """The prompt's next sample."""
@@ -298,8 +223,7 @@ class Session:
         longest = max(w.prompt.longest for w in self.live)
         # on a GPU at once all that will be needed: captured graphs hold on to the addresses
         room = longest if self.device.type == "cuda" else min(length + max(32, length // 4), longest)
-        pending = sum(p.request.n - p.started for queue in (self.ready, self.waiting) for p in queue)
-        rows = max(min(self.slots, count + pending), cache.rows)
+        rows = max(min(self.slots, count + self.queue.samples), cache.rows)
         if self.max_tokens is None or rows * max(room, cache.length) <= self.max_tokens:
             room = max(room, cache.length)
         else:

@@ -138,7 +138,7 @@ def test_a_free_slot_is_taken_at_once(policy):
     with SlotEngine(policy, slots=2).session() as session:
         for prompt in PROMPTS:
             session.add(Request(prompt, n=2, max_new_tokens=12, seed=1))
-        while session.waiting or session.ready:
+        while session.queue:
             assert len(session.step()) == 2
 
 

@@ -184,6 +184,7 @@ def test_a_plan_that_does_not_fit_says_so_and_fewer_sequences_are_sampled(make, 
     made = make("grpo", use_peft=True, quiet=False, rollout_batch_size=100)
     assert "it does not fit; try " in capsys.readouterr().out
     assert made.rollout_batch_size == 8
+    assert made.rollout_tokens == 8 * made.memory_plan.job.length, "what the plan counts for keys and values"
     monkeypatch.undo()
     assert make("grpo", rollout_batch_size=100).rollout_batch_size is None, "no GPU, no plan"
 

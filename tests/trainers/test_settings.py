@@ -207,18 +207,25 @@ def test_a_quiet_run_prints_nothing_and_another_says_what_it_does(make_model, to
     assert "eval: 3 of 3 rows" in said
 
 
-def test_rollouts_are_generated_in_batches_and_evaluated_on_a_few_prompts(make_model, tokenizer, settings, monkeypatch):
+def test_rollouts_fill_so_many_slots_and_are_evaluated_on_a_few_prompts(make_model, tokenizer, settings):
+    """12 samples over 5 slots; the memory is free again when the update begins."""
     args = GRPOConfig(
         **settings(rollout_batch_size=5, num_generations=4, max_completion_length=3, num_eval_prompts=2, max_steps=1)
     )
     made = GRPOTrainer(
         make_model(), "random", args=args, train_dataset=PROMPTS, eval_dataset=PROMPTS, processing_class=tokenizer
     )
-    sizes = []
-    decode = made.engine._decode
-    monkeypatch.setattr(made.engine, "_decode", lambda *a: (sizes.append(len(a[4])), decode(*a))[1])
+    rows, held = [], []
+
+    def look(module, inputs, out):
+        rows.append(len(inputs[0]))
+        held.append(made.engine.cache.nbytes)
+
+    hook = made.policy.model.get_input_embeddings().register_forward_hook(look)
     made.collect(made.train_records[:3])
-    assert sizes == [4, 4, 4]
+    assert max(rows) == 5 and max(held) > 0
+    assert made.engine.cache.nbytes == 0
+    hook.remove()
     assert made.evaluate()["eval_num_completions"] == 2.0
 
 
