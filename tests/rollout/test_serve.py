@@ -48,6 +48,13 @@ def refused(served, status, path="/v1/completions", headers=None, content=None, 
     return error["message"]
 
 
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
 def in_process(policy, *requests, role="policy"):
     return [[s.ids for s in group] for group in SlotEngine(policy, role=role).generate(requests)]
 
@@ -295,6 +302,7 @@ def test_a_busy_adapter_does_not_starve_another(make_policy, serve, adapter_fold
         ({"prompt": [5], "n": 0}, "n must be at least 1, got 0"),
         ({"prompt": [5], "n": 10**9}, "1000000000 samples in one call; at most 1024"),
         ({"prompt": [5], "temperature": -1}, "temperature must be 0 (greedy) or more, and finite, got -1.0"),
+        ({"prompt": [5], "temperature": 10**400}, "temperature is larger than any float"),
         ({"prompt": [5], "top_p": 2}, "top_p must be above 0 and at most 1"),
         ({"prompt": [5], "temperature": True}, "temperature must be of type int or float, got True"),
         ({"prompt": [5], "temprature": 1}, "unknown field 'temprature'; did you mean temperature?"),
@@ -413,8 +421,7 @@ def test_work_for_a_client_that_left_is_dropped(make_policy, serve, stream):
         with pytest.raises(httpx2.ReadTimeout):
             httpx2.post(url, json=body, timeout=0.5)
     (job,) = jobs
-    while served.worker.running:
-        time.sleep(0.001)
+    wait_until(lambda: not served.worker.running)
     assert job.cancelled and job.left > 500
     assert complete(served, prompt=[5])["choices"]
 
@@ -435,8 +442,7 @@ def test_told_to_stop_it_finishes_what_runs_and_ends_its_thread(make_policy, ser
     answers = []
     thread = threading.Thread(target=lambda: answers.append(complete(served, prompt=PROMPTS, n=8, seed=1)))
     thread.start()
-    while not served.worker.running:
-        time.sleep(0.001)
+    wait_until(lambda: served.worker.running)
     served.worker.drain(30)
     assert "shutting down" in refused(served, 503, prompt=[5])
     served.server.should_exit = True
@@ -451,8 +457,7 @@ def test_what_cannot_be_finished_in_time_is_answered_all_the_same(make_policy, s
     said = []
     thread = threading.Thread(target=lambda: said.append(refused(served, 503, prompt=[5], n=1000, max_tokens=60)))
     thread.start()
-    while not served.worker.running:
-        time.sleep(0.001)
+    wait_until(lambda: served.worker.running)
     served.worker.drain(0.1)
     thread.join(30)
     assert "had no time to finish" in said[0]

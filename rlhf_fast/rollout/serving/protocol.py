@@ -133,6 +133,14 @@ def _get(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default
     return value
 
 
+def _number(body: dict[str, Any], name: str, default: float) -> float:
+    value = _get(body, name, (int, float), default)
+    try:
+        return float(value)
+    except OverflowError as error:  # JSON's integers have no largest
+        raise ApiError(400, f"{name} is larger than any float", name) from error
+
+
 def _sampling(body: dict[str, Any], limits: Limits, chat: bool) -> dict[str, Any]:
     """The options of every :class:`Request` of the call."""
     default_tokens = limits.max_tokens if chat else 16
@@ -148,11 +156,11 @@ def _sampling(body: dict[str, Any], limits: Limits, chat: bool) -> dict[str, Any
         "n": _get(body, "n", int, 1),
         "seed": seed,
         "max_new_tokens": default_tokens if tokens is None else tokens,
-        "temperature": float(_get(body, "temperature", (int, float), 1.0)),
-        "top_p": float(_get(body, "top_p", (int, float), 1.0)),
+        "temperature": _number(body, "temperature", 1.0),
+        "top_p": _number(body, "top_p", 1.0),
         "top_k": 0 if top_k == -1 else top_k,  # vLLM: -1 is off too
-        "min_p": float(_get(body, "min_p", (int, float), 0.0)),
-        "repetition_penalty": float(_get(body, "repetition_penalty", (int, float), 1.0)),
+        "min_p": _number(body, "min_p", 0.0),
+        "repetition_penalty": _number(body, "repetition_penalty", 1.0),
         "stop": tuple(stop),
         "stop_ids": tuple(_token_ids(_get(body, "stop_token_ids", list, []), "stop_token_ids")),
     }
