@@ -121,12 +121,8 @@ class RLConfig(TrainerConfig):
     vllm_enable_sleep_mode: bool = False  # vLLM gives its GPU memory back while the policy is updated
     vllm_gpu_memory_utilization: float = 0.3  # share of the GPU that vLLM takes in colocate mode
     vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by on a probe
-    vllm_importance_sampling_correction: bool = (
-        True  # weigh losses by policy / vLLM, which sampled a little differently
-    )
-    vllm_importance_sampling_mode: str = (
-        "token_truncate"  # a weight for each token, or sequence_truncate: for each response
-    )
+    vllm_importance_sampling_correction: bool = True  # weigh losses by policy / engine, which differ a little
+    vllm_importance_sampling_mode: str = "token_truncate"  # a weight per token; sequence_truncate: per response
     vllm_importance_sampling_clip_max: float = 3.0  # largest such weight
 
     def __post_init__(self) -> None:
