@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A mistake in a file, a setting or an argument: says what is wrong, where, what was found, and the fix."""
+
+
+class RolloutError(UserError):
+    """Rollout servers that gave no answer after all retries. Training can go on where it was once they do."""

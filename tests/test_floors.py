@@ -20,7 +20,7 @@ FLOORS = {
         ("data", "kernels", "losses", "errors"),
         ("transformers", "tokenizers", "safetensors", "accelerate", "numpy", "peft", "bitsandbytes", "flash_attn"),
     ),
-    "rollout": (("models", "data", "kernels", "errors"), ("transformers", "numpy")),
+    "rollout": (("models", "data", "kernels", "errors"), ("transformers", "numpy", "httpx2", "starlette", "vllm")),
     "rewards": (("rollout", "models", "data", "kernels", "errors"), ("transformers", "numpy", "math_verify")),
     "feedback": (
         ("rewards", "rollout", "models", "data", "errors"),
@@ -40,12 +40,17 @@ RESERVED = {
     "peft": ("models/adapters.py",),
     "bitsandbytes": ("models/adapters.py",),
     "flash_attn": ("models/attention.py",),
+    "httpx2": ("rollout/server.py",),
+    "vllm": ("rollout/colocate.py",),
+    "starlette": ("serving/app.py", "commands/serve.py"),
+    "uvicorn": ("commands/serve.py",),
     "trl": ("integrations/trl.py",),
     "verl": ("integrations/verl.py",),
 }
 # what every trainer is built on, and the one that continues another
 SHARED_TRAINER_FILES = tuple(
-    f"rlhf_fast.trainers.{name}" for name in ("trainer", "config", "build", "optimizers", "rl", "memory", "resume")
+    f"rlhf_fast.trainers.{name}"
+    for name in ("trainer", "config", "build", "engines", "optimizers", "rl", "memory", "resume")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 

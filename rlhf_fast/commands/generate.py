@@ -107,9 +107,12 @@ def load_policy(args: argparse.Namespace) -> Policy:
         UserError: it cannot be loaded, or it is a reward model.
     """
     import torch
+    from transformers.utils import logging
 
     from rlhf_fast.models import load
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # noise in a log file
     try:
         policy = load(
             args.model,

@@ -31,6 +31,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -58,6 +59,35 @@ def adapter_base(folder: Path) -> str:
     if not base:
         raise UserError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
     return base
+
+
+def check_adapter(folder: Path, model: nn.Module) -> None:
+    """Refuse an adapter (PEFT's format) that is not whole or does not fit ``model``; PEFT notices only after changing it.
+
+    Raises:
+        UserError: names the folder, the matrix, its shape and the layer's.
+    """
+    try:
+        PeftConfig.from_pretrained(str(folder))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} holds no readable LoRA adapter ({str(error).splitlines()[0]})") from error
+    layers = dict(model.named_modules())
+    for key, shape in shapes.items():
+        name, _, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
+        layer = plain_layer(layers[name]) if name in layers else None
+        sizes = _sizes(layer)
+        if sizes is None or shape[1 if matrix[0] == "A" else 0] != sizes[matrix[0] == "B"]:
+            place = f"a layer of {sizes[0]} inputs and {sizes[1]} outputs" if sizes else "no linear layer"
+            raise UserError(f"{folder} does not fit this model: {key} is {shape}, and {name or 'that'} is {place} here")
+
+
+def _sizes(layer: nn.Module | None) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer; None for anything else."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else None
 
 
 def bitsandbytes(wanted_by: str) -> ModuleType:

@@ -6,7 +6,8 @@ text a policy wrote is never tokenized a second time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -96,6 +97,17 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """Undo ``sleep``."""
+
+
+@contextlib.contextmanager
+def awake(engine: Engine) -> Iterator[None]:
+    """Wake an engine that can sleep, and let it sleep again afterwards."""
+    sleeps = "sleep" in engine.capabilities
+    if sleeps:
+        engine.wake()
+    yield
+    if sleeps:
+        engine.sleep()
 
 
 def check_for_rl(

@@ -20,6 +20,7 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+IMPORTANCE_MODES = ("token_truncate", "sequence_truncate")
 AT_LEAST_ONE = (
     "num_train_epochs",
     "per_device_train_batch_size",
@@ -112,3 +113,23 @@ class RLConfig(TrainerConfig):
     temperature: float = 1.0  # of sampling, and of every log-probability
     rollout_batch_size: int = 128  # sequences written at a time; one that ends makes room for the next
     num_eval_prompts: int = 256  # held-out prompts answered greedily at each evaluation
+    use_vllm: bool = False  # sample through vLLM, or `rlhf-fast serve`, which speaks its dialect; LoRA only
+    vllm_mode: str = "server"  # server: over HTTP; colocate: vLLM in this process, on the same GPU
+    vllm_server_base_url: str | list[str] = "http://127.0.0.1:8000"  # of the server; several share the prompts
+    vllm_server_timeout: float = 240.0  # seconds to wait at the start until the servers are up
+    vllm_request_timeout: float = 600.0  # seconds that a prompt may take before it is sent again
+    vllm_enable_sleep_mode: bool = False  # vLLM gives its GPU memory back while the policy is updated
+    vllm_gpu_memory_utilization: float = 0.3  # share of the GPU that vLLM takes in colocate mode
+    vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by on a probe
+    vllm_importance_sampling_correction: bool = True  # weigh losses by policy / engine, which differ a little
+    vllm_importance_sampling_mode: str = "token_truncate"  # a weight per token; sequence_truncate: per response
+    vllm_importance_sampling_clip_max: float = 3.0  # largest such weight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("vllm_mode", self.vllm_mode, ("server", "colocate"))
+        one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
+        if self.vllm_importance_sampling_clip_max <= 0:
+            raise UserError(
+                f"vllm_importance_sampling_clip_max is {self.vllm_importance_sampling_clip_max}; it must be above 0"
+            )

@@ -112,7 +112,12 @@ class GRPOTrainer(RLTrainer):
     @property
     def entries(self) -> list[str]:
         a = self.args
-        return ["advantages", *["old_logprobs"] * (a.num_iterations > 1), *["ref_logprobs"] * bool(a.beta)]
+        return [
+            "advantages",
+            "rollout_logprobs",
+            *["old_logprobs"] * (a.num_iterations > 1),
+            *["ref_logprobs"] * bool(a.beta),
+        ]
 
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
@@ -138,6 +143,8 @@ class GRPOTrainer(RLTrainer):
         batch = self.pack([e.example for e in records])
         logprobs, entropy = self.model(batch, temperature=a.temperature, entropy="detached")
         old_logprobs = packed(records, "old_logprobs", batch)
+        old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+        advantages, engine = self.against_engine(records, batch, old_logprobs)
         mask = batch.response_mask
         if a.mask_truncated_completions:
             kept = torch.tensor([not self._ignored(e) for e in records])
@@ -150,8 +157,8 @@ class GRPOTrainer(RLTrainer):
         }
         loss, metrics = policy_loss(
             logprobs,
-            logprobs.detach() if old_logprobs is None else old_logprobs,
-            packed(records, "advantages", batch),
+            old_logprobs,
+            advantages,
             mask,
             kind=kind,
             clip_low=a.epsilon,
@@ -163,6 +170,7 @@ class GRPOTrainer(RLTrainer):
             aggregate=aggregate,
             denominator=denominators[aggregate],
             cu_seqlens=batch.cu_seqlens,
+            **engine,
         )
         tokens = sum(map(self.size, records))
         figures = {
@@ -170,6 +178,7 @@ class GRPOTrainer(RLTrainer):
             "clip_ratio/low_mean": metrics["clip_low"],
             "clip_ratio/high_mean": metrics["clip_high"],
             "clip_ratio/region_mean": metrics["clip_region"],
+            **self.engine_figures(metrics),
         }
         if "kl" in metrics:
             figures["kl"] = metrics["kl"]

@@ -65,7 +65,7 @@ class PPOTrainer(RLTrainer):
 
     config_class = PPOConfig
     method = "ppo"
-    entries = ("old_logprobs", "advantages", "values", "returns")
+    entries = ("old_logprobs", "rollout_logprobs", "advantages", "values", "returns")
     headline = ("objective/scores", "objective/kl")
     learning_rates = (3e-6, 3e-5)
 
@@ -188,14 +188,17 @@ class PPOTrainer(RLTrainer):
             logprobs, entropy = self.model(
                 batch, temperature=a.temperature, entropy=True if a.entropy_coef else "detached"
             )
+            old_logprobs = packed(records, "old_logprobs", batch)
+            advantages, engine = self.against_engine(records, batch, old_logprobs)
             loss, metrics = policy_loss(
                 logprobs,
-                packed(records, "old_logprobs", batch),
-                packed(records, "advantages", batch),
+                old_logprobs,
+                advantages,
                 batch.response_mask,
                 clip_low=a.cliprange,
                 denominator=window.tokens,
                 cu_seqlens=batch.cu_seqlens,
+                **engine,
             )
             if a.entropy_coef:
                 loss = loss - a.entropy_coef * entropy.sum() / window.tokens
@@ -205,6 +208,7 @@ class PPOTrainer(RLTrainer):
                 "policy/clipfrac_avg": metrics["clip_region"],
                 "val/ratio": metrics["ratio_mean"],
                 "loss/policy_avg": loss.detach() * whole,
+                **self.engine_figures(metrics),
             }
             self._moved = self._moved + metrics["approx_kl"] * tokens / window.tokens
             yield loss, figures, tokens

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, packed
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
+from rlhf_fast.losses import sequence_importance
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rewards.model import RewardModel
-from rlhf_fast.rollout import Engine, check_for_rl, engine_for
+from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
+from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
+from .engines import WeightSync, build_engine
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+# figures of policy_loss about the engine -> TRL's names
+ENGINE_FIGURES = {
+    "rollout_gap": "sampling/sampling_logp_difference/mean",
+    "is_ratio_mean": "sampling/importance_sampling_ratio/mean",
+    "is_ratio_max": "sampling/importance_sampling_ratio/max",
+}
 
 
 class RLTrainer(Trainer):
@@ -25,8 +37,8 @@ class RLTrainer(Trainer):
 
     Args:
         reward_funcs: one or more reward functions or their names, see :mod:`rlhf_fast.rewards`; those of ``args`` when None.
-        engine: a rollout engine; :func:`rlhf_fast.rollout.engine_for` chooses one in process when None. It is told the step before every rollout
-            (``update(None, step)``) and must sample from ``policy``'s weights as they are then.
+        engine: a rollout engine; as ``args`` say when None. Before every rollout it gets the weights: one that can swap
+            adapters the folder of the policy's (``update(folder, step)``), any other shares them (``update(None, step)``).
     """
 
     config_class = RLConfig
@@ -37,10 +49,10 @@ class RLTrainer(Trainer):
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
         super().__init__(model, args, **kwargs)
-        self.engine = engine or engine_for(
-            self.policy, slots=self.rollout_batch_size or args.rollout_batch_size, max_tokens=self.rollout_tokens
-        )
+        self.engine = engine or build_engine(args, self.policy, self._engine_in_process)
         check_for_rl(self.engine, temperature=args.temperature)
+        probe = min((p.input_ids for p in self.train_records), key=len)
+        self.sync = WeightSync(self.engine, self.policy, args, probe, self.accelerator.num_processes)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
         self.rollouts.check(self.train_records)
         if self.eval_records is not None:
@@ -49,6 +61,11 @@ class RLTrainer(Trainer):
     @classmethod
     def extra_arguments(cls, config: RLConfig) -> dict[str, Any]:
         return {"reward_funcs": config.reward_funcs}
+
+    def _engine_in_process(self) -> Engine:
+        """One that samples from the policy's own weights."""
+        slots = self.rollout_batch_size or self.args.rollout_batch_size
+        return engine_for(self.policy, slots=slots, max_tokens=self.rollout_tokens)
 
     def check_rewards(self, args: RLConfig) -> None:
         """Raise UserError when there is nothing to learn from."""
@@ -130,18 +147,53 @@ class RLTrainer(Trainer):
     def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
         """``n`` scored responses to every prompt, siblings adjacent, and the metrics of the rollout."""
         a = self.args
-        self.engine.update(None, self.step)
-        experiences, metrics = self.rollouts.sample(
-            prompts,
-            n=n,
-            max_new_tokens=a.max_completion_length,
-            temperature=a.temperature,
-            seed=a.seed * 1_000_003 + self.first_row,
-        )
-        if "sleep" in self.engine.capabilities:  # the update needs the memory
-            self.engine.sleep()
+        with awake(self.engine):
+            with self.timed("sync"):
+                agreement = self.sync(self.step)
+            experiences, metrics = self.rollouts.sample(
+                prompts,
+                n=n,
+                max_new_tokens=a.max_completion_length,
+                temperature=a.temperature,
+                seed=a.seed * 1_000_003 + self.first_row,
+            )
         self.add_times(self.rollouts.seconds)
-        return experiences, metrics
+        return experiences, {**metrics, **agreement}
+
+    def against_engine(
+        self, records: list[Experience], batch: TokenBatch, old_logprobs: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The records' advantages (N,), and what else ``policy_loss`` takes to correct for the engine's own weights.
+
+        Without weights of its own the engine is only measured.
+        """
+        a = self.args
+        advantages, rollout = packed(records, "advantages", batch), packed(records, "rollout_logprobs", batch)
+        options = {"rollout_logprobs": rollout}
+        if not (self.sync.sends and a.vllm_importance_sampling_correction):
+            return advantages, options
+        clip = a.vllm_importance_sampling_clip_max
+        if a.vllm_importance_sampling_mode == "token_truncate":
+            return advantages, {**options, "is_clip": clip}
+        # every kind of loss is linear in the advantage, so that this weighs the loss and not its KL
+        weights = sequence_importance(old_logprobs, rollout, batch.response_mask, batch.cu_seqlens, clip)
+        return advantages * weights, options
+
+    @staticmethod
+    def engine_figures(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ``policy_loss`` measured about the engine, under TRL's names."""
+        return {name: metrics[key] for key, name in ENGINE_FIGURES.items() if key in metrics}
+
+    def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:
+        figures = super()._log(log, seconds, tokens)
+        gap, most = figures.get("sampling/sampling_logp_difference/mean", 0.0), self.args.vllm_logprob_tolerance
+        if gap > most:
+            logger.warning(
+                "step %d: the log-probabilities of what %s sampled differ from the policy's by %.3g nats per token (alarm at "
+                "vllm_logprob_tolerance, %g): it samples from another policy than the one that is trained",
+                *(self.step, type(self.engine).__name__, gap, most),
+            )
+        return figures
 
     def annotate(self, experiences: list[Experience], **passes: Callable[[TokenBatch], Tensor]) -> None:
         """Fill per-token entries by name, each with what its pass returns, in the micro-batches that fit in memory."""

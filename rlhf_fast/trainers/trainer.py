@@ -29,7 +29,7 @@ from transformers import get_scheduler
 from rlhf_fast.data.batch import Example, TokenBatch, packed_length
 from rlhf_fast.data.packing import IndexSampler, fullest, micro_batches_of_bundles
 from rlhf_fast.data.sources import load_records
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models import disable_dropout
 from rlhf_fast.run.config import save_config
 from rlhf_fast.run.distribution import Ranks
@@ -307,7 +307,7 @@ class Trainer:
             started, tokens = time.perf_counter(), 0.0
             while not self.finished:
                 if not self.plan:
-                    self._begin_round()
+                    self._begin_round_or_save(out)
                 with self.timed("train"):
                     tokens += self._optimizer_step(self.plan.pop(0))
                 # read once: a signal that comes while logging waits for the next step
@@ -361,6 +361,17 @@ class Trainer:
     @property
     def _rows_per_round(self) -> int:
         return self.rows_per_window * self.windows_per_round * len(self.ranks)
+
+    def _begin_round_or_save(self, out: Path) -> None:
+        """Begin a round; when the rollouts it needs cannot be had, save where the run stands first."""
+        before = self.sampler.state(), self.rows_drawn
+        try:
+            self._begin_round()
+        except RolloutError as error:
+            self.sampler.load_state(before[0])
+            self.rows_drawn = before[1]
+            save(self, out)
+            raise RolloutError(f"{error} (saved at step {self.step}; continue with --resume)") from error
 
     def _begin_round(self) -> None:
         # the last round is as short as the data, but every window of every rank needs a row: it may run on into the next

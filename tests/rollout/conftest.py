@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import string
+import threading
+import time
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from transformers import (
 )
 
 from rlhf_fast.models import load
+from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import GenerateEngine, SlotEngine
 
 VOCAB = ["<eos>", "<end>", "<unk>", *string.ascii_lowercase, *string.digits, *" +=#.-$,"]  # 47 tokens
@@ -124,6 +127,77 @@ def make_policy(tokenizer):
 @pytest.fixture
 def policy(make_policy):
     return make_policy()
+
+
+@pytest.fixture
+def adapter_folder(make_policy, tmp_path):
+    """adapter_folder(name, seed) -> a folder with a LoRA adapter of the qwen2 base that changes what it says."""
+
+    def make(name: str, seed: int):
+        policy = make_policy(peft_config=lora_config(r=4, alpha=8))
+        draw = torch.Generator().manual_seed(seed)
+        for key, parameter in policy.adapters.parameters("policy").items():
+            if "lora_B" in key:
+                parameter.data.normal_(0, 0.3, generator=draw)
+        policy.adapters.save("policy", tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+class Served:
+    """The real application on a real port of this machine, in a thread."""
+
+    def __init__(self, policy, wrap=None, *, slots=4, name="base", api_key=None, max_tokens=64, cache_tokens=None):
+        import uvicorn
+
+        from rlhf_fast.rollout.serving.app import Service, build_app
+        from rlhf_fast.rollout.serving.worker import ServedModels, Worker
+        from rlhf_fast.rollout.slots import SlotEngine
+
+        self.worker = Worker(SlotEngine(policy, slots=slots, max_tokens=cache_tokens))
+        self.service = Service(self.worker, ServedModels(policy, name), max_tokens)
+        app = build_app(self.service, api_key)
+        # a middleware sees the lifespan too, and must hand it on
+        config = uvicorn.Config(app if wrap is None else wrap(app), port=0, log_level="error", lifespan="on")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def start(self):
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        return self
+
+    def kill(self):
+        """As a process that dies: no answer to anybody, all connections cut."""
+        self.server.force_exit = self.server.should_exit = True
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()
+        self.thread.join(10)
+        self.worker.drain(0)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def serve():
+    """serve(policy, wrap=None, **options) -> a running Served, stopped after the test."""
+    pytest.importorskip("uvicorn")
+    running = []
+
+    def start(policy, wrap=None, **options):
+        running.append(Served(policy, wrap, **options).start())
+        return running[-1]
+
+    yield start
+    for served in running:
+        served.stop()
 
 
 @pytest.fixture(params=["slots", "slots, prompts in chunks", "generate"])
