@@ -75,6 +75,8 @@ def aggregated(loss_type, losses: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([l.mean() for l in losses]).mean()
     if loss_type == "dr_grpo":
         return torch.cat(losses).sum() / (len(losses) * LIMIT)
+    if loss_type == "luspo":
+        return torch.cat(losses).sum() / len(losses)
     return torch.cat(losses).mean()
 
 
