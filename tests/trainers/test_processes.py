@@ -66,7 +66,7 @@ def results(tmp_path_factory, tokenizer):
         path.write_text(json.dumps(cases(folder / str(processes), folder / "model", processes)))
         workers += _start(path, processes)
     try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
+        said = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
