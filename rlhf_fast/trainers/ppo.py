@@ -18,9 +18,8 @@ from rlhf_fast.data.batch import Experience, Prompt, packed, unpack
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss
 from rlhf_fast.kernels.kl import ESTIMATORS
-from rlhf_fast.models import attach
 from rlhf_fast.rewards import resolve_all
-from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rewards.model import attach_reward_models
 from rlhf_fast.rollout import Engine
 
 from .config import RLConfig, one_of
@@ -32,7 +31,7 @@ from .trainer import Window
 @dataclass(kw_only=True)
 class PPOConfig(RLConfig):
     output_dir: str = "runs/ppo"  # the run folder: model, checkpoints, metrics, plots
-    reward_model_path: str | None = None  # run folder of a reward model; with reward_funcs, their scores are added
+    reward_model_path: str | list[str] | None = None  # run folders of reward models, which come after reward_funcs
     num_ppo_epochs: int = 4  # passes over each batch of responses
     num_mini_batches: int = 1  # optimizer steps per pass
     kl_coef: float = 0.05  # price of KL(policy || reference) in the reward, per nat
@@ -88,13 +87,13 @@ class PPOTrainer(RLTrainer):
         self.policy.add_reference()
         self.say(f"reference: {self.policy.reference}")
         self.policy.add_role("value", trainable=True, head=True)
-        if path := self.args.reward_model_path:
-            judge = attach(self.policy, "reward", path)
-            shared = "an adapter on the policy's base" if judge is self.policy else "a model of its own in memory"
-            self.say(f"reward model: {path}, {shared}")
-            model = RewardModel(judge)
-            model.__name__ = "reward_model"  # its name in the metrics
-            self.functions, self.names = resolve_all([*self.functions, model])
+        models = attach_reward_models(self.policy, self.args.reward_model_path or [])
+        for model in models:
+            shared = (
+                "an adapter on the policy's base" if model.policy is self.policy else "a model of its own in memory"
+            )
+            self.say(f"{model.__name__}: {shared}")
+        self.functions, self.names = resolve_all([*self.functions, *models])
 
     @property
     def windows_per_round(self) -> int:

@@ -419,6 +419,15 @@ def test_a_reward_adapter_scores_on_the_policys_own_base(make_model, tokenizer, 
     assert figures["objective/scores"] == pytest.approx(
         0.5 * sum(SCORES.values()) / 4 + 2 * float(want.mean()), abs=1e-5
     )
+    twice = PPOTrainer(
+        base,
+        args=dataclasses.replace(args, reward_model_path=[judge.args.output_dir] * 2, reward_weights=[1.0, -3.0]),
+        **given,
+    )
+    assert set(twice.policy.adapters.names) == {"policy", "value", "reward", "reward_2"}
+    (figures, *_) = run(twice).steps
+    assert figures["rewards/reward_model_2/mean"] == pytest.approx(float(want.mean()), abs=1e-5)
+    assert figures["objective/scores"] == pytest.approx(-2 * float(want.mean()), abs=1e-5)
     assert set(made.policy.adapters.names) == {"policy", "value", "reward"}
     assert len(made.policy.copies) == 0
     scores = [s["objective/scores"] for s in run(made).steps if "objective/scores" in s]
