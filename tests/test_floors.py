@@ -50,7 +50,8 @@ RESERVED = {
 # what every trainer is built on, and the one that continues another
 SHARED_TRAINER_FILES = tuple(
     f"rlhf_fast.trainers.{name}"
-    for name in ("trainer", "config", "build", "engines", "optimizers", "rl", "memory", "resume")
+    for name in ("trainer", "config", "build", "engines", "optimizers", "memory", "resume", "best", "callbacks")
+    + ("rl", "importance", "scores", "groups")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 

@@ -86,23 +86,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _show(result: Evaluation, model: str) -> None:
     """A table of the figures, what went wrong, and a few responses to read."""
-    from rlhf_fast.run.metrics import print_table
+    from rlhf_fast.run.metrics import brief, print_table, scores_text
 
     print_table(f"evaluation of {model}", result)
     for message in result.messages:
         print(f"fault: {message}", file=sys.stderr)
-    shown = [(_brief(row["prompt"]), _brief(row["completion"]), _scores(row["rewards"])) for row in result.samples[:4]]
+    shown = [
+        (brief(row["prompt"]), brief(row["completion"]), scores_text(row["rewards"])) for row in result.samples[:4]
+    ]
     print_table("the first responses", shown, ("prompt", "response", "rewards"))
-
-
-def _brief(text: object, limit: int = 200) -> str:
-    """A prompt or response for a table: of messages the last; of a long text the end; on one line."""
-    text = " ".join((text if isinstance(text, str) else str(text[-1]["content"])).split())
-    return text if len(text) <= limit else "..." + text[3 - limit :]
-
-
-def _scores(rewards: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in rewards.items())
 
 
 def _write(result: Evaluation, path: Path, options: dict) -> None:

@@ -91,9 +91,11 @@ def load(
     return policy
 
 
-def attach(policy: Policy, role: str, folder: str | Path) -> Policy:
+def attach(policy: Policy, role: str, folder: str | Path, name: str | None = None) -> Policy:
     """Load the trained model in ``folder`` as a frozen ``role`` beside ``policy``, on the same base when it can be.
 
+    Args:
+        name: what ``policy`` calls the role where several models play it; ``role`` when None.
     Returns:
         The :class:`Policy` that plays the role: ``policy`` itself when ``folder`` holds an adapter of its base, known by
         its fingerprint, else by its name.
@@ -107,9 +109,10 @@ def attach(policy: Policy, role: str, folder: str | Path) -> Policy:
     if saved_role(folder) != role or not (folder / HEADS_FILE).is_file():
         raise UserError(f"{folder}: not a {role} model (no {HEADS_FILE} of that role); train one with rlhf-fast {role}")
     if (folder / "adapter_config.json").is_file() and policy.adapters.names and _same_base(policy, folder):
-        policy.adapters.load(role, folder, trainable=False)
-        load_heads(policy, folder, role)
-        policy.heads[role].requires_grad_(False)
+        name = name or role
+        policy.adapters.load(name, folder, trainable=False)
+        load_heads(policy, folder, name)
+        policy.heads[name].requires_grad_(False)
         return policy
     other = load(folder, device=policy.device, dtype=policy.model.dtype)
     other.compute_dtype, other.attention = policy.compute_dtype, policy.attention

@@ -82,6 +82,12 @@ class Policy(nn.Module):
         return "the frozen starting adapter" if "reference" in self.adapters.names else "the base, adapters off"
 
     @property
+    def has_reference(self) -> bool:
+        """Whether something plays the reference: it was added, or it is the base of a fresh adapter."""
+        added = "reference" in self.copies or "reference" in self.adapters.names
+        return added or (bool(self.adapters.names) and not self.continued)
+
+    @property
     def stop_ids(self) -> list[int]:
         """Every token that ends a response: all of the generation config's, else the tokenizer's."""
         config = self.model.generation_config

@@ -70,7 +70,7 @@ def resolve(spec: Any) -> RewardFunction:
     if Path(spec).is_dir():
         return RewardModel(spec)
     if ":" in spec:
-        return _import(spec)
+        return import_callable(spec, "reward")
     guess = difflib.get_close_matches(spec, BUILT_IN, n=1)
     raise UserError(
         f"reward: nothing is called '{spec}'. "
@@ -118,25 +118,32 @@ def _with_parameters(spec: dict[str, Any]) -> RewardFunction:
     return BUILT_IN[name](**spec)
 
 
-def _import(spec: str) -> RewardFunction:
+def import_callable(spec: str, what: str) -> Callable[..., Any]:
+    """The function or class that ``package.module:name`` names; the current folder's modules are found too.
+
+    Args:
+        what: it is, in messages.
+    Raises:
+        UserError: the module cannot be imported, or has no such function.
+    """
     module_name, _, attribute = spec.partition(":")
     if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)  # a reward file beside the config; last, so that it shadows no installed package
+        sys.path.append(folder)  # a file beside the config; last, so that it shadows no installed package
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the user's module may fail in any way
         raise UserError(
-            f"reward: cannot import '{module_name}' ({type(error).__name__}: {_short(str(error))})."
+            f"{what}: cannot import '{module_name}' ({type(error).__name__}: {_short(str(error))})."
         ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
+    found = getattr(module, attribute, None)
+    if not callable(found):
         have = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         guess = difflib.get_close_matches(attribute, have, n=1)
         raise UserError(
-            f"reward: module '{module_name}' has no function '{attribute}'."
+            f"{what}: module '{module_name}' has no function '{attribute}'."
             + (f" Did you mean '{guess[0]}'?" if guess else "")
         )
-    return function
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- calling

@@ -11,7 +11,7 @@ import torch
 from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.data.templates import encode_prompt, encode_prompt_completion
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import load
+from rlhf_fast.models import Policy, attach, load
 from rlhf_fast.rewards.verifiers import text_of
 
 
@@ -89,3 +89,18 @@ class RewardModel:
             tokens += len(examples[i])
         if rows:
             yield rows
+
+
+def attach_reward_models(policy: Policy, folders: str | Sequence[str]) -> list[RewardModel]:
+    """The reward models in ``folders``, each as an adapter on the base of ``policy`` where it can be.
+
+    Raises:
+        UserError: a folder holds no reward model.
+    """
+    models = []
+    for number, folder in enumerate([folders] if isinstance(folders, str) else folders, start=1):
+        name = "reward" if number == 1 else f"reward_{number}"
+        judge = attach(policy, "reward", folder, name)
+        models.append(RewardModel(judge, role=name if judge is policy else "reward"))
+        models[-1].__name__ = name.replace("reward", "reward_model")  # in the metrics
+    return models

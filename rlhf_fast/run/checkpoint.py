@@ -16,7 +16,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +71,9 @@ class TrainerState(Protocol):
 # ---------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_checkpoint(root: Path | str, step: int, state: dict[str, Any], *, keep: int) -> Path:
+def save_checkpoint(
+    root: Path | str, step: int, state: dict[str, Any], *, keep: int, protect: Collection[int] = ()
+) -> Path:
     """Write ``state`` as ``root/step-<step>``, atomically, then remove all but the newest ``keep`` checkpoints.
 
     A process killed at any moment leaves the earlier checkpoints and either no trace or the complete new one. Checkpoints
@@ -83,6 +85,7 @@ def save_checkpoint(root: Path | str, step: int, state: dict[str, Any], *, keep:
         state: nested dicts, lists and tuples of tensors, numbers, strings, bools and None (`TrainerState`). Tensors may
             be on any device and have any dtype, shape and strides; the very same tensor met twice is stored once.
         keep: checkpoints to leave in ``root``, >= 1.
+        protect: steps whose checkpoints stay too, besides the newest ``keep`` of the others.
     Returns:
         the new checkpoint's directory.
     Raises:
@@ -93,7 +96,7 @@ def save_checkpoint(root: Path | str, step: int, state: dict[str, Any], *, keep:
         raise ValueError(f"save_checkpoint needs keep >= 1 and step >= 0, got keep={keep}, step={step}")
     root = Path(root)
     tree, tensors = _flatten(state)
-    final = root / f"step-{step:08d}"
+    final = checkpoint_path(root, step)
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
     with _disk_faults(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,7 @@ def save_checkpoint(root: Path | str, step: int, state: dict[str, Any], *, keep:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _prune(root, step, keep)
+        _prune(root, step, keep, protect)
     return final
 
 
@@ -153,13 +156,13 @@ def _move_into_place(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
+def _prune(root: Path, step: int, keep: int, protect: Collection[int]) -> None:
     for path in list_checkpoints(root):
         if checkpoint_step(path) > step:
             aside = _free_name(path.with_name(path.name + ".abandoned"))
             path.rename(aside)
             log.warning("checkpoint %s is past the step just saved: set aside as %s", path.name, aside.name)
-    for path in list_checkpoints(root)[:-keep]:
+    for path in [p for p in list_checkpoints(root) if checkpoint_step(p) not in protect][:-keep]:
         # hidden first: half a deleted checkpoint must not look like a damaged one
         doomed = root / f".tmp-{path.name}-deleted"
         path.rename(doomed)
@@ -226,6 +229,11 @@ def list_checkpoints(root: Path | str) -> list[Path]:
     root = Path(root)
     found = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()] if root.is_dir() else []
     return sorted(found, key=lambda p: (checkpoint_step(p), not p.name.endswith(".old")))
+
+
+def checkpoint_path(root: Path | str, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies in ``root``."""
+    return Path(root) / f"step-{step:08d}"
 
 
 def checkpoint_step(path: Path | str) -> int:

@@ -2,6 +2,8 @@
 
 ``metrics.jsonl`` has one JSON object a line: ``step``, ``time`` (seconds since this process began to log) and the metrics.
 JSON has no NaN or infinity: such a value is ``null``, and ``"nonfinite": {"loss": "nan"}`` on the same line says which.
+``completions.jsonl`` has what a policy wrote at each evaluation, one JSON object a completion: ``step``, ``prompt``,
+``completion``, ``rewards``, how it ended and the row's other columns.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from rich.table import Table
 from rlhf_fast.errors import UserError
 
 FILE = "metrics.jsonl"
+COMPLETIONS = "completions.jsonl"
+SHOWN = 200  # characters of a prompt or completion in a table
 
 
 class MetricsLog:
@@ -33,8 +37,8 @@ class MetricsLog:
         total_steps: optimizer steps of the whole run.
         trackers: names that accelerate knows: ``tensorboard``, ``wandb``, ...
         quiet: write files and trackers only.
-        resume_step: None for a fresh run: an earlier ``metrics.jsonl`` is kept under another name. A step when resuming:
-            lines past it, and one that a kill cut in half, are dropped.
+        resume_step: None for a fresh run: earlier files are kept under other names. A step when resuming: lines past it, and
+            one that a kill cut in half, are dropped.
         config: shown by trackers.
         enabled: False on all ranks but the first: every method does nothing.
     Raises:
@@ -62,7 +66,8 @@ class MetricsLog:
         if not enabled:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        _prepare_file(self.run_dir / FILE, resume_step)
+        for name in (FILE, COMPLETIONS):
+            _prepare_file(self.run_dir / name, resume_step)
         self._trackers = _start_trackers(trackers, self.run_dir, config)
         self._file = (self.run_dir / FILE).open("a", encoding="utf-8")
         self._console = Console(quiet=quiet, highlight=False)
@@ -83,6 +88,20 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(values, step=step)
         self._show(step, values)
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]], shown: int) -> None:
+        """Append what an evaluation gave to ``completions.jsonl``, and print the first ``shown`` above the bar.
+
+        Args:
+            rows: one per completion, with at least ``prompt``, ``completion`` and ``rewards`` (name -> score or None).
+        """
+        if not self.enabled:
+            return
+        with (self.run_dir / COMPLETIONS).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False, default=str) + "\n" for row in rows)
+        table = [(brief(row["prompt"]), brief(row["completion"]), scores_text(row["rewards"])) for row in rows[:shown]]
+        if table and not self._console.quiet:
+            print_table(f"step {step}: completions", table, ("prompt", "completion", "rewards"), console=self._console)
 
     def tick(self, step: int, note: str = "") -> None:
         """Move the bar to ``step`` between log lines; ``note`` says what is going on, for example "generating"."""
@@ -180,6 +199,17 @@ def print_table(
     console.print(table)
 
 
+def brief(text: object, limit: int = SHOWN) -> str:
+    """A prompt or completion for a table: of messages the last; of a long text the end; on one line."""
+    text = " ".join((text if isinstance(text, str) else str(text[-1]["content"])).split())
+    return text if len(text) <= limit else "..." + text[3 - limit :]
+
+
+def scores_text(rewards: Mapping[str, float | None]) -> str:
+    """Scores by the functions' names, on one line."""
+    return ", ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in rewards.items())
+
+
 def format_number(value: float) -> str:
     """A number as people read it: about four significant digits, no exponent unless it is tiny or huge."""
     if isinstance(value, bool) or value is None:
@@ -234,7 +264,7 @@ def _prepare_file(path: Path, resume_step: int | None) -> None:
         return
     if resume_step is None:
         n = 1
-        while (aside := path.with_name(f"metrics-{n}.jsonl")).exists():
+        while (aside := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists():
             n += 1
         path.rename(aside)
         return

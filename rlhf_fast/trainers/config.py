@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.attention import CHOICES
 
+from .importance import MODES as IMPORTANCE_MODES
 from .optimizers import OPTIMIZERS
 
 SCHEDULES = (
@@ -20,7 +21,6 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-IMPORTANCE_MODES = ("token_truncate", "sequence_truncate")
 AT_LEAST_ONE = (
     "num_train_epochs",
     "per_device_train_batch_size",
@@ -74,7 +74,13 @@ class TrainerConfig:
     logging_steps: int = 10  # optimizer steps between log lines
     eval_steps: int | None = None  # optimizer steps between evaluations; None evaluates at the end
     save_steps: int = 500  # optimizer steps between checkpoints
-    save_total_limit: int = 2  # checkpoints kept
+    save_total_limit: int = 2  # checkpoints kept, besides that of the best evaluation
+    metric_for_best_model: str | None = None  # figure of an evaluation; the best one's checkpoint is kept
+    greater_is_better: bool | None = None  # of that figure; none: yes, unless its name ends in loss
+    load_best_model_at_end: bool = False  # the model saved is the best evaluation's, by loss, in RL by reward
+    early_stopping_patience: int | None = None  # stop after so many evaluations in a row without a better one
+    early_stopping_threshold: float = 0.0  # an evaluation is better when it beats the best by more than this
+    callbacks: list[Any] = field(default_factory=list)  # module:class or module:function, called at every step and save
     resume_from_checkpoint: str | bool | None = None  # true: the latest good checkpoint of output_dir; or a path
     seed: int = 42  # of everything random
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb; metrics.jsonl is always written
@@ -92,6 +98,12 @@ class TrainerConfig:
             )
         if self.eval_steps is not None and self.eval_steps < 1:
             raise UserError(f"eval_steps is {self.eval_steps}; it must be at least 1, or unset for one at the end")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise UserError(
+                f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1, or unset"
+            )
+        if self.watches_evaluations and self.eval_steps is None:
+            raise UserError("the best evaluation is one of several: set eval_steps, the optimizer steps between them")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"warmup_ratio is {self.warmup_ratio}; it is a share of all steps, from 0 to 1")
         one_of("optim", self.optim, OPTIMIZERS)
@@ -100,6 +112,11 @@ class TrainerConfig:
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         one_of("attn_implementation", self.attn_implementation, CHOICES)
 
+    @property
+    def watches_evaluations(self) -> bool:
+        """Whether evaluations decide what is kept, or when the run ends."""
+        return bool(self.metric_for_best_model or self.load_best_model_at_end or self.early_stopping_patience)
+
 
 @dataclass(kw_only=True)
 class RLConfig(TrainerConfig):
@@ -107,12 +124,22 @@ class RLConfig(TrainerConfig):
 
     reward_funcs: list[Any] = field(default_factory=list)  # built-in name, module:function, or {name: ..., ...}
     reward_weights: list[float] | None = None  # one per reward function; None weighs them all 1
+    soft_overlong_cache: int = 0  # tokens before the limit on which a penalty grows to 1 (DAPO, eq. 13); 0: none
+    vllm_importance_sampling_correction: bool | None = (
+        None  # weigh by trainer over engine; none: if weights are not shared
+    )
+    vllm_importance_sampling_mode: str = (
+        "sequence_mask"  # token or sequence, _truncate or _mask (drop) beyond the bounds
+    )
+    vllm_importance_sampling_clip_min: float | None = None  # lower bound of those weights; none: 0
+    vllm_importance_sampling_clip_max: float | None = 3.0  # upper bound of those weights; none: no bound
     max_prompt_length: int | None = 512  # tokens; longer prompts are left out
     allow_truncation: bool = False  # go on when more than 1% of the prompts are left out
     max_completion_length: int = 512  # tokens sampled at most
     temperature: float = 1.0  # of sampling, and of every log-probability
     rollout_batch_size: int = 128  # sequences written at a time; one that ends makes room for the next
     num_eval_prompts: int = 256  # held-out prompts answered greedily at each evaluation
+    num_completions_to_print: int = 4  # of those answers; all of them are in completions.jsonl
     use_vllm: bool = False  # sample through vLLM, or `rlhf-fast serve`, which speaks its dialect; LoRA only
     vllm_mode: str = "server"  # server: over HTTP; colocate: vLLM in this process, on the same GPU
     vllm_server_base_url: str | list[str] = "http://127.0.0.1:8000"  # of the server; several share the prompts
@@ -121,15 +148,19 @@ class RLConfig(TrainerConfig):
     vllm_enable_sleep_mode: bool = False  # vLLM gives its GPU memory back while the policy is updated
     vllm_gpu_memory_utilization: float = 0.3  # share of the GPU that vLLM takes in colocate mode
     vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by on a probe
-    vllm_importance_sampling_correction: bool = True  # weigh losses by policy / engine, which differ a little
-    vllm_importance_sampling_mode: str = "token_truncate"  # a weight per token; sequence_truncate: per response
-    vllm_importance_sampling_clip_max: float = 3.0  # largest such weight
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("vllm_mode", self.vllm_mode, ("server", "colocate"))
         one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
-        if self.vllm_importance_sampling_clip_max <= 0:
+        low, high = self.vllm_importance_sampling_clip_min or 0.0, self.vllm_importance_sampling_clip_max
+        if low < 0 or (high is not None and high <= low):
             raise UserError(
-                f"vllm_importance_sampling_clip_max is {self.vllm_importance_sampling_clip_max}; it must be above 0"
+                f"vllm_importance_sampling_clip_min is {low:g} and vllm_importance_sampling_clip_max {high}; "
+                "weights lie between them: 0 <= min < max"
+            )
+        if not 0 <= self.soft_overlong_cache <= self.max_completion_length:
+            raise UserError(
+                f"soft_overlong_cache is {self.soft_overlong_cache}; it is a part of the max_completion_length of "
+                f"{self.max_completion_length} tokens"
             )

@@ -6,31 +6,40 @@ baseline. A variant is one row of ``LOSS_TYPES``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf_fast.data.batch import Experience, Prompt, packed, shared_runs
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import group_advantages, policy_loss
+from rlhf_fast.kernels import policy_loss
 from rlhf_fast.kernels.policy import LEVELS
 
 from .config import RLConfig, one_of
+from .groups import ALIKE, BASELINES, SCALES, group_deviations, group_metrics, relative_advantages
 from .rl import RLTrainer
+from .scores import kl_of, punish_overlong
 from .trainer import Window
 
-# loss_type -> (kind of policy_loss, how token losses are aggregated)
+# loss_type -> (kind of policy_loss, how token losses are aggregated, what their sum is divided by)
 LOSS_TYPES = {
-    "grpo": ("clip", "sequence"),  # mean over each response, then over responses (arXiv:2402.03300, eq. 3)
-    "dapo": ("clip", "token"),  # mean over all tokens of the optimizer step (arXiv:2503.14476, eq. 8)
-    "bnpo": ("clip", "token"),  # mean over the tokens of the batch; the same here, where a batch is the whole step
-    "dr_grpo": ("clip", "constant"),  # sum over a constant: no length bias (arXiv:2503.20783, sec. 3)
-    "cispo": ("cispo", "token"),  # the clipped ratio weighs log-probabilities (arXiv:2506.13585, eq. 4)
-    "reinforce": ("reinforce", "token"),  # no ratio at all
+    "grpo": ("clip", "sequence", "responses"),  # mean over each response, then over responses (arXiv:2402.03300, eq. 3)
+    "dapo": ("clip", "token", "tokens"),  # mean over all tokens of the optimizer step (arXiv:2503.14476, eq. 8)
+    "bnpo": (
+        "clip",
+        "token",
+        "tokens",
+    ),  # mean over the tokens of the batch; the same here, where that is the whole step
+    "dr_grpo": ("clip", "constant", "limit"),  # sum over a constant: no length bias (arXiv:2503.20783, sec. 3)
+    "luspo": ("clip", "constant", "responses"),  # sum over each response, mean over responses (arXiv:2602.05261)
+    "cispo": ("cispo", "token", "tokens"),  # the clipped ratio weighs log-probabilities (arXiv:2506.13585, eq. 4)
+    "reinforce": ("reinforce", "token", "tokens"),  # no ratio at all
 }
 
 
@@ -39,22 +48,24 @@ class GRPOConfig(RLConfig):
     output_dir: str = "runs/grpo"  # the run folder: model, checkpoints, metrics, plots
     num_generations: int = 8  # responses per prompt; batch sizes count responses
     num_iterations: int = 1  # optimizer steps on each batch of responses
-    loss_type: str = "dapo"  # dapo, grpo, dr_grpo, bnpo, cispo, reinforce
+    dynamic_sampling_rounds: int = 0  # so often, groups scored all alike give way to other prompts' (DAPO, sec. 3.2)
+    loss_type: str = "dapo"  # dapo, grpo, dr_grpo, bnpo, luspo, cispo, reinforce
+    kl_coef: float = 0.0  # price of KL(policy || reference) in the reward, per nat, as RLOO has it
     beta: float = 0.0  # weight of KL(policy || reference) in the loss; 0 needs no reference
     epsilon: float = 0.2  # the ratio may fall to 1 - epsilon
     epsilon_high: float | None = None  # the ratio may rise to 1 + epsilon_high; None is epsilon
     delta: float | None = None  # upper bound of the ratio for negative advantages; None is no bound
     importance_sampling_level: str = "token"  # token, sequence (GSPO, with epsilon 3e-4), sequence_token
     advantage_baseline: str = "mean"  # of the group; leave_one_out is RLOO
-    scale_rewards: str = "group"  # divide advantages by the standard deviation of the group, of the batch, or none
+    scale_rewards: str = "group"  # over the deviation of group or batch; whiten: of all advantages (REINFORCE++); none
     mask_truncated_completions: bool = False  # learn nothing from responses cut by max_completion_length
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
-        one_of("advantage_baseline", self.advantage_baseline, ("mean", "leave_one_out"))
-        one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        one_of("advantage_baseline", self.advantage_baseline, BASELINES)
+        one_of("scale_rewards", self.scale_rewards, SCALES)
         kind = LOSS_TYPES[self.loss_type][0]
         if kind == "cispo" and self.epsilon_high is None:
             raise UserError("loss_type cispo needs epsilon_high, the absolute bound of the ratio; its authors use 5")
@@ -66,6 +77,8 @@ class GRPOConfig(RLConfig):
             )
         if self.num_iterations < 1:
             raise UserError(f"num_iterations is {self.num_iterations}; it must be at least 1")
+        if self.dynamic_sampling_rounds < 0:
+            raise UserError(f"dynamic_sampling_rounds is {self.dynamic_sampling_rounds}; it must be at least 0")
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.num_generations < 2 or batch % self.num_generations:
             raise UserError(
@@ -83,7 +96,7 @@ class GRPOTrainer(RLTrainer):
     learning_rates = (1e-6, 1e-5)
 
     def add_roles(self) -> None:
-        if self.args.beta:
+        if self.args.beta or self.args.kl_coef:
             self.policy.add_reference()
             self.say(f"reference: {self.policy.reference}")
 
@@ -112,65 +125,90 @@ class GRPOTrainer(RLTrainer):
     @property
     def entries(self) -> list[str]:
         a = self.args
-        return [
-            "advantages",
-            "rollout_logprobs",
-            *["old_logprobs"] * (a.num_iterations > 1),
-            *["ref_logprobs"] * bool(a.beta),
-        ]
+        # unless it is asked for, the policy does not move between sampling and its only step
+        old = a.num_iterations > 1 or bool(a.kl_coef) or self.corrects
+        return ["advantages", *["old_logprobs"] * old, *["ref_logprobs"] * bool(a.beta or a.kl_coef)]
 
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample a group of responses to every prompt, score them, and compare each with its group."""
-        a, device = self.args, self.policy.device
-        experiences, metrics = self.respond(prompts, n=a.num_generations)
-        rewards = torch.tensor([e.reward for e in experiences])
-        advantages = group_advantages(rewards, a.num_generations, scale=a.scale_rewards, baseline=a.advantage_baseline)
-        for experience, advantage in zip(experiences, advantages.to(device)):
-            experience.advantages = advantage.expand(len(experience.example))
-        passes = {}
-        if a.num_iterations > 1:  # else the policy does not move between sampling and its only step
-            passes["old_logprobs"] = lambda b: self.logprobs(b, "policy")
-        if a.beta:
-            passes["ref_logprobs"] = lambda b: self.logprobs(b, "reference")
+        a, entries = self.args, self.entries
+        experiences = self._sample(prompts)
+        for _ in range(a.dynamic_sampling_rounds):
+            experiences = self._replace_alike(experiences)
+        roles = {"old_logprobs": "policy", "ref_logprobs": "reference"}
         with self.timed("logprobs"):
+            passes = {n: functools.partial(self.logprobs, role=role) for n, role in roles.items() if n in entries}
             self.annotate(experiences, **passes)
+        for experience, advantage in zip(experiences, self._advantages(experiences)):
+            experience.advantages = torch.full((len(experience.example),), advantage, device=self.policy.device)
+        if self.corrects:
+            self.correct(experiences)
+        return experiences
+
+    def _sample(self, prompts: list[Prompt]) -> list[Experience]:
+        """Scored groups. The figures are of all that is sampled, whether it is kept or not."""
+        a = self.args
+        experiences, metrics = self.respond(prompts, n=a.num_generations)
+        punish_overlong(experiences, a.max_completion_length, a.soft_overlong_cache)
+        rewards = torch.tensor([e.reward for e in experiences])
         self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
         return experiences
+
+    def _replace_alike(self, experiences: list[Experience]) -> list[Experience]:
+        """Further prompts' groups in place of those that were scored all alike, as far as the data goes. Collective."""
+        size, rank = self.args.num_generations, self.accelerator.process_index
+        deviations = group_deviations(torch.tensor([e.reward for e in experiences]), size)
+        alike = (deviations < ALIKE).nonzero().flatten().tolist()
+        wanted = gather_object([len(alike)])
+        count, begin = int(min(sum(wanted), max(self.rows_left, 0))), sum(wanted[:rank])
+        prompts = self.draw(count, begin, begin + len(alike))
+        self.metrics.add({"resampled_prompts": len(prompts)}, 1.0)
+        if prompts:
+            fresh, experiences = self._sample(prompts), list(experiences)
+            for number, group in enumerate(alike[: len(prompts)]):
+                experiences[group * size : (group + 1) * size] = fresh[number * size : (number + 1) * size]
+        return experiences
+
+    def _advantages(self, experiences: list[Experience]) -> list[float]:
+        """Of each response, by the rewards of all ranks less what the distance from the reference costs. Collective."""
+        a, rank = self.args, self.accelerator.process_index
+        mine = [(rank, e.reward - (a.kl_coef * kl_of(e) if a.kl_coef else 0.0), self.size(e)) for e in experiences]
+        ranks, rewards, tokens = zip(*gather_object(mine))
+        how = {"baseline": a.advantage_baseline, "scale": a.scale_rewards}
+        advantages = relative_advantages(rewards, tokens, a.num_generations, **how)
+        return [advantage for r, advantage in zip(ranks, advantages) if r == rank]
 
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
         batch = self.pack([e.example for e in records])
         logprobs, entropy = self.model(batch, temperature=a.temperature, entropy="detached")
         old_logprobs = packed(records, "old_logprobs", batch)
-        old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-        advantages, engine = self.against_engine(records, batch, old_logprobs)
         mask = batch.response_mask
         if a.mask_truncated_completions:
             kept = torch.tensor([not self._ignored(e) for e in records])
             mask = mask & kept.repeat_interleave(torch.tensor(batch.lengths)).to(mask.device)
-        kind, aggregate = LOSS_TYPES[a.loss_type]
-        denominators = {
-            "token": window.tokens,
-            "sequence": window.records,
-            "constant": window.records * a.max_completion_length,
+        kind, aggregate, divisor = LOSS_TYPES[a.loss_type]
+        divisors = {
+            "tokens": window.tokens,
+            "responses": window.records,
+            "limit": window.records * a.max_completion_length,
         }
         loss, metrics = policy_loss(
             logprobs,
-            old_logprobs,
-            advantages,
+            logprobs.detach() if old_logprobs is None else old_logprobs,
+            packed(records, "advantages", batch),
             mask,
             kind=kind,
             clip_low=a.epsilon,
             clip_high=a.epsilon_high,
             dual_clip=a.delta,
             level=a.importance_sampling_level,
-            ref_logprobs=packed(records, "ref_logprobs", batch),
+            ref_logprobs=packed(records, "ref_logprobs", batch) if a.beta else None,
             kl_coef=a.beta,
             aggregate=aggregate,
-            denominator=denominators[aggregate],
+            denominator=divisors[divisor],
             cu_seqlens=batch.cu_seqlens,
-            **engine,
         )
         tokens = sum(map(self.size, records))
         figures = {
@@ -178,7 +216,6 @@ class GRPOTrainer(RLTrainer):
             "clip_ratio/low_mean": metrics["clip_low"],
             "clip_ratio/high_mean": metrics["clip_high"],
             "clip_ratio/region_mean": metrics["clip_region"],
-            **self.engine_figures(metrics),
         }
         if "kl" in metrics:
             figures["kl"] = metrics["kl"]
@@ -186,19 +223,3 @@ class GRPOTrainer(RLTrainer):
 
     def _ignored(self, record: Experience) -> bool:
         return self.args.mask_truncated_completions and not record.finished
-
-
-def group_metrics(rewards: Tensor, group_size: int) -> dict[str, Tensor]:
-    """reward, reward_std within groups, and the share of groups that teach nothing: no two different rewards.
-
-    Args:
-        rewards: (B,), NaN where there is none. On the CPU.
-    """
-    groups = rewards.view(-1, group_size)
-    scored = (~groups.isnan()).sum(1)
-    squares = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1)
-    std = (squares / (scored - 1).clamp(min=1)).sqrt()
-    metrics = {"frac_reward_zero_std": (std < 1e-6).float().mean()}
-    if scored.any():
-        metrics |= {"reward": rewards.nanmean(), "reward_std": std[scored > 0].mean()}
-    return metrics

@@ -16,26 +16,27 @@ from torch import Tensor
 
 from rlhf_fast.data.batch import Experience, Prompt, packed, unpack
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss, whiten
+from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss
 from rlhf_fast.kernels.kl import ESTIMATORS
-from rlhf_fast.models import attach
 from rlhf_fast.rewards import resolve_all
-from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.rewards.model import attach_reward_models
 from rlhf_fast.rollout import Engine
 
 from .config import RLConfig, one_of
 from .rl import RLTrainer
+from .scores import Scores, kl_factor, punish_overlong, whiten_over_ranks
 from .trainer import Window
 
 
 @dataclass(kw_only=True)
 class PPOConfig(RLConfig):
     output_dir: str = "runs/ppo"  # the run folder: model, checkpoints, metrics, plots
-    reward_model_path: str | None = None  # run folder of a reward model; with reward_funcs, their scores are added
+    reward_model_path: str | list[str] | None = None  # run folders of reward models, which come after reward_funcs
     num_ppo_epochs: int = 4  # passes over each batch of responses
     num_mini_batches: int = 1  # optimizer steps per pass
     kl_coef: float = 0.05  # price of KL(policy || reference) in the reward, per nat
-    kl_estimator: str = "k1"  # of that KL, per token: k1, k2, k3, abs
+    beta: float = 0.0  # weight of that KL (k3) in the loss, instead or besides
+    kl_estimator: str = "k1"  # of the KL in the reward, per token: k1, k2, k3, abs
     kl_target: float | None = None  # nats per response; adapts kl_coef towards it (arXiv:1909.08593, eq. 8)
     kl_horizon: int = 10_000  # responses over which the adaptation acts
     cliprange: float = 0.2  # the ratio stays within 1 +- cliprange
@@ -43,7 +44,10 @@ class PPOConfig(RLConfig):
     vf_coef: float = 0.1  # weight of the critic's loss
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # GAE's trade-off between bias (0) and variance (1)
-    whiten_rewards: bool = False  # scale rewards to unit variance, their mean kept
+    normalize_rewards: bool = False  # scores less their running mean, over their running standard deviation
+    reward_scale: float = 1.0  # scores are multiplied by it
+    reward_clip: float | None = None  # scores are then cut to at most this, at least its negative
+    whiten_rewards: bool = False  # scale token rewards, KL included, to unit variance, their mean kept
     missing_eos_penalty: float | None = None  # taken from the score of a response that never ended
     entropy_coef: float = 0.0  # reward for entropy, in the loss
     critic_warmup_steps: int = 0  # first optimizer steps that train the critic alone
@@ -55,7 +59,7 @@ class PPOConfig(RLConfig):
         for name in ("num_ppo_epochs", "num_mini_batches", "kl_horizon"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("kl_target", "target_kl"):
+        for name in ("kl_target", "target_kl", "reward_clip"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, or unset")
 
@@ -65,13 +69,14 @@ class PPOTrainer(RLTrainer):
 
     config_class = PPOConfig
     method = "ppo"
-    entries = ("old_logprobs", "rollout_logprobs", "advantages", "values", "returns")
     headline = ("objective/scores", "objective/kl")
     learning_rates = (3e-6, 3e-5)
 
     def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
         super().__init__(model, reward_funcs, args, engine, **kwargs)
-        self.kl_coef = self.args.kl_coef
+        a = self.args
+        self.kl_coef = a.kl_coef
+        self.scores = Scores(a.normalize_rewards, a.reward_scale, a.reward_clip, self.ranks)
         self._moved: Tensor | float = 0.0  # approximate KL between the policy and where it sampled, this window
 
     def check_rewards(self, args: PPOConfig) -> None:
@@ -82,13 +87,13 @@ class PPOTrainer(RLTrainer):
         self.policy.add_reference()
         self.say(f"reference: {self.policy.reference}")
         self.policy.add_role("value", trainable=True, head=True)
-        if path := self.args.reward_model_path:
-            judge = attach(self.policy, "reward", path)
-            shared = "an adapter on the policy's base" if judge is self.policy else "a model of its own in memory"
-            self.say(f"reward model: {path}, {shared}")
-            model = RewardModel(judge)
-            model.__name__ = "reward_model"  # its name in the metrics
-            self.functions, self.names = resolve_all([*self.functions, model])
+        models = attach_reward_models(self.policy, self.args.reward_model_path or [])
+        for model in models:
+            shared = (
+                "an adapter on the policy's base" if model.policy is self.policy else "a model of its own in memory"
+            )
+            self.say(f"{model.__name__}: {shared}")
+        self.functions, self.names = resolve_all([*self.functions, *models])
 
     @property
     def windows_per_round(self) -> int:
@@ -112,16 +117,22 @@ class PPOTrainer(RLTrainer):
         """One that trains the policy too."""
         return max(super().largest_step, self.args.critic_warmup_steps)
 
+    @property
+    def entries(self) -> list[str]:
+        return ["old_logprobs", "advantages", "values", "returns", *["ref_logprobs"] * bool(self.args.beta)]
+
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
         """Sample one response to every prompt, score it, and estimate the advantage of each of its tokens."""
         a = self.args
         experiences, metrics = self.respond(prompts, n=1)
-        for experience in experiences:
-            if math.isnan(experience.reward):  # nobody could score it: it teaches nothing
-                experience.reward, experience.example.response_mask = 0.0, [False] * len(experience.example)
-            elif a.missing_eos_penalty is not None and not experience.finished:
-                experience.reward -= a.missing_eos_penalty
+        self.scores.settle(experiences)
+        punish_overlong(experiences, a.max_completion_length, a.soft_overlong_cache)
+        for e in experiences:
+            if math.isnan(e.reward):  # nobody could score it: it teaches nothing
+                e.reward, e.example.response_mask = 0.0, [False] * len(e.example)
+            elif a.missing_eos_penalty is not None and not e.finished:
+                e.reward -= a.missing_eos_penalty
         with self.timed("logprobs"):
             self.annotate(
                 experiences,
@@ -131,6 +142,8 @@ class PPOTrainer(RLTrainer):
             )
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
+        if self.corrects:
+            self.correct(experiences)
         return experiences
 
     def _estimate_advantages(self, experiences: list[Experience]) -> None:
@@ -148,11 +161,13 @@ class PPOTrainer(RLTrainer):
             mask,
             kl_coef=self.kl_coef,
             estimator=a.kl_estimator,
+            whiten=False,
             **discounting,
         )
         if a.whiten_rewards:
-            advantages, returns = gae(whiten(rewards, mask, shift_mean=False), values, mask, **discounting)
-            advantages = whiten(advantages, mask)
+            scaled = whiten_over_ranks(rewards, mask, self.ranks, shift_mean=False)
+            advantages, returns = gae(scaled, values, mask, **discounting)
+        advantages = whiten_over_ranks(advantages, mask, self.ranks)
         unpack(experiences, "advantages", advantages, batch)
         unpack(experiences, "returns", returns, batch)
         count = sum(self.size(e) > 0 for e in experiences)  # those that were scored
@@ -169,15 +184,8 @@ class PPOTrainer(RLTrainer):
             }
             self.metrics.add(figures, count)
         if a.kl_target is not None:
-            self._adapt(kl.sum(), count)
-
-    def _adapt(self, kl: Tensor, count: int) -> None:
-        """Move ``kl_coef`` so that the mean KL of ``count`` responses nears the target (arXiv:1909.08593, eq. 8)."""
-        total = torch.stack([kl, kl.new_tensor(count)])
-        kl_of_all, count_of_all = self.accelerator.reduce(total, "sum").tolist()
-        if count_of_all:
-            error = kl_of_all / count_of_all / self.args.kl_target - 1
-            self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * count_of_all / self.args.kl_horizon
+            kl_of_all, count_of_all = self.ranks.sum(float(kl.sum()), count)
+            self.kl_coef *= kl_factor(kl_of_all, count_of_all, a.kl_target, a.kl_horizon)
 
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
@@ -188,17 +196,16 @@ class PPOTrainer(RLTrainer):
             logprobs, entropy = self.model(
                 batch, temperature=a.temperature, entropy=True if a.entropy_coef else "detached"
             )
-            old_logprobs = packed(records, "old_logprobs", batch)
-            advantages, engine = self.against_engine(records, batch, old_logprobs)
             loss, metrics = policy_loss(
                 logprobs,
-                old_logprobs,
-                advantages,
+                packed(records, "old_logprobs", batch),
+                packed(records, "advantages", batch),
                 batch.response_mask,
                 clip_low=a.cliprange,
+                ref_logprobs=packed(records, "ref_logprobs", batch) if a.beta else None,
+                kl_coef=a.beta,
                 denominator=window.tokens,
                 cu_seqlens=batch.cu_seqlens,
-                **engine,
             )
             if a.entropy_coef:
                 loss = loss - a.entropy_coef * entropy.sum() / window.tokens
@@ -208,8 +215,9 @@ class PPOTrainer(RLTrainer):
                 "policy/clipfrac_avg": metrics["clip_region"],
                 "val/ratio": metrics["ratio_mean"],
                 "loss/policy_avg": loss.detach() * whole,
-                **self.engine_figures(metrics),
             }
+            if a.beta:
+                figures["kl"] = metrics["kl"]
             self._moved = self._moved + metrics["approx_kl"] * tokens / window.tokens
             yield loss, figures, tokens
         values = self.model(batch, output="values")
@@ -232,7 +240,8 @@ class PPOTrainer(RLTrainer):
         self._moved = 0.0
 
     def extra_state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef}
+        return {"kl_coef": self.kl_coef, "scores": self.scores.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.kl_coef = state["kl_coef"]
+        self.scores.load_state(state["scores"])

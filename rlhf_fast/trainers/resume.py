@@ -12,7 +12,15 @@ from accelerate.utils import gather_object
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.fingerprint import difference, fingerprint
-from rlhf_fast.run.checkpoint import find_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from rlhf_fast.run.checkpoint import (
+    checkpoint_path,
+    find_checkpoint,
+    find_fault,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -20,12 +28,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def save(trainer: Trainer, out: Path) -> None:
-    """Write a checkpoint of this step below ``out``. Collective."""
+def save(trainer: Trainer, out: Path) -> Path:
+    """Write a checkpoint of this step below ``out``, and return its folder. Collective."""
     state = state_of(trainer)
     if trainer.accelerator.is_main_process:
-        save_checkpoint(out / "checkpoints", trainer.step, state, keep=trainer.args.save_total_limit)
+        best = () if trainer.best.step is None else (trainer.best.step,)
+        keep = trainer.args.save_total_limit
+        save_checkpoint(out / "checkpoints", trainer.step, state, keep=keep, protect=best)
     trainer.accelerator.wait_for_everyone()
+    return checkpoint_path(out / "checkpoints", trainer.step)
+
+
+def load_best(trainer: Trainer, out: Path) -> str:
+    """Put the weights of the best evaluation in place; returns what to say about it. The run is over: nothing else moves."""
+    best = trainer.best
+    if best.step is None:
+        return f"no evaluation had a {best.metric}: the model is that of the last step"
+    path = checkpoint_path(out / "checkpoints", best.step)
+    if fault := find_fault(path):
+        return f"the best evaluation's checkpoint {path} is gone ({fault}): the model is that of the last step"
+    _put_weights(trainer, load_checkpoint(path, verify=False))
+    return f"best model: step {best.step}, {best.metric} {best.value:.4g}"
 
 
 def resume(trainer: Trainer, out: Path, which: str | bool) -> int:
@@ -56,6 +79,9 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "micro_batch_tokens": trainer.micro_batch_tokens,
         "ranks": gather_object([local]),
         "extra": trainer.extra_state(),
+        "best": trainer.best.state(),
+        "stopped": trainer.stopped,
+        "callbacks": trainer.callbacks.state(),
         # frozen, and not in here
         "base": fingerprint(trainer.policy.model) if trainer.policy.adapters.names else None,
     }
@@ -68,11 +94,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         UserError: the checkpoint holds other parameters, belongs to another base, or comes from other data, another
             seed or another number of processes.
     """
-    mine = _trained(trainer)
-    _check_fit(trainer, state, mine)
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(state["weights"][name])
+    _check_fit(trainer, state, _trained(trainer))
+    _put_weights(trainer, state)
     trainer.step = state["step"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
@@ -89,7 +112,16 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     if local["records"] is not None:
         trainer.records = [trainer.restore_record(r) for r in local["records"]]
     trainer.load_extra_state(state["extra"])
+    trainer.best.load_state(state["best"])
+    trainer.stopped = state["stopped"]
+    trainer.callbacks.load_state(state["callbacks"])
     set_rng_state(local["rng"])
+
+
+def _put_weights(trainer: Trainer, state: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, parameter in _trained(trainer).items():
+            parameter.copy_(state["weights"][name])
 
 
 def _trained(trainer: Trainer) -> dict[str, torch.Tensor]:

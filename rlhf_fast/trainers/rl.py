@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, packed
+from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import prepare_prompts
 from rlhf_fast.errors import UserError
-from rlhf_fast.losses import sequence_importance
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rewards.model import RewardModel
@@ -21,15 +20,11 @@ from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
 from .engines import WeightSync, build_engine
+from .importance import weigh
+from .scores import kl_of
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-# figures of policy_loss about the engine -> TRL's names
-ENGINE_FIGURES = {
-    "rollout_gap": "sampling/sampling_logp_difference/mean",
-    "is_ratio_mean": "sampling/importance_sampling_ratio/mean",
-    "is_ratio_max": "sampling/importance_sampling_ratio/max",
-}
 
 
 class RLTrainer(Trainer):
@@ -43,6 +38,7 @@ class RLTrainer(Trainer):
 
     config_class = RLConfig
     record_class = Experience
+    best_metric = "reward"
 
     def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
         args = args if args is not None else self.config_class()
@@ -54,6 +50,7 @@ class RLTrainer(Trainer):
         probe = min((p.input_ids for p in self.train_records), key=len)
         self.sync = WeightSync(self.engine, self.policy, args, probe, self.accelerator.num_processes)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
+        self.completions: list[dict[str, Any]] = []  # of the last evaluation: prompt, completion, rewards, ...
         self.rollouts.check(self.train_records)
         if self.eval_records is not None:
             self.rollouts.check(self.eval_records)
@@ -143,6 +140,19 @@ class RLTrainer(Trainer):
     def size(self, record: Experience) -> float:
         return sum(record.example.response_mask)
 
+    @property
+    def corrects(self) -> bool:
+        """Whether advantages are weighed for the difference between the engine's log-probabilities and the trainer's."""
+        asked = self.args.vllm_importance_sampling_correction
+        return "lora_swap" in self.engine.capabilities if asked is None else asked
+
+    def correct(self, experiences: list[Experience]) -> None:
+        """Weigh advantages by how much likelier a response is here than where it was sampled, and measure that."""
+        a = self.args
+        bounds = a.vllm_importance_sampling_clip_min or 0.0, a.vllm_importance_sampling_clip_max
+        figures, tokens = weigh(experiences, a.vllm_importance_sampling_mode, *bounds)
+        self.metrics.add(figures, tokens)
+
     @torch.no_grad()
     def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
         """``n`` scored responses to every prompt, siblings adjacent, and the metrics of the rollout."""
@@ -159,30 +169,6 @@ class RLTrainer(Trainer):
             )
         self.add_times(self.rollouts.seconds)
         return experiences, {**metrics, **agreement}
-
-    def against_engine(
-        self, records: list[Experience], batch: TokenBatch, old_logprobs: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The records' advantages (N,), and what else ``policy_loss`` takes to correct for the engine's own weights.
-
-        Without weights of its own the engine is only measured.
-        """
-        a = self.args
-        advantages, rollout = packed(records, "advantages", batch), packed(records, "rollout_logprobs", batch)
-        options = {"rollout_logprobs": rollout}
-        if not (self.sync.sends and a.vllm_importance_sampling_correction):
-            return advantages, options
-        clip = a.vllm_importance_sampling_clip_max
-        if a.vllm_importance_sampling_mode == "token_truncate":
-            return advantages, {**options, "is_clip": clip}
-        # every kind of loss is linear in the advantage, so that this weighs the loss and not its KL
-        weights = sequence_importance(old_logprobs, rollout, batch.response_mask, batch.cu_seqlens, clip)
-        return advantages * weights, options
-
-    @staticmethod
-    def engine_figures(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What ``policy_loss`` measured about the engine, under TRL's names."""
-        return {name: metrics[key] for key, name in ENGINE_FIGURES.items() if key in metrics}
 
     def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:
         figures = super()._log(log, seconds, tokens)
@@ -204,20 +190,41 @@ class RLTrainer(Trainer):
         return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy answers to held-out prompts, scored by the reward functions."""
+        """Greedy answers to held-out prompts, scored by the reward functions, and the KL where there is a reference."""
         if self.eval_records is None:
             raise UserError("evaluate() needs an eval_dataset")
         a = self.args
-        figures = evaluate_policy(
-            self.policy,
-            self.eval_records[: a.num_eval_prompts],
-            self.rollouts.functions,
-            reward_weights=a.reward_weights,
-            max_new_tokens=a.max_completion_length,
-            slots=self.rollout_batch_size or a.rollout_batch_size,
-            max_tokens=self.rollout_tokens,
-        )
-        return {f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)}
+        prompts = self.eval_records[: a.num_eval_prompts]
+        limits = {"max_new_tokens": a.max_completion_length, "max_tokens": self.rollout_tokens}
+        limits["slots"] = self.rollout_batch_size or a.rollout_batch_size
+        weights = {"reward_weights": a.reward_weights}
+        evaluation = evaluate_policy(self.policy, prompts, self.rollouts.functions, **weights, **limits)
+        self.completions = evaluation.samples
+        figures = {f"eval_{name}": value for name, value in evaluation.items() if isinstance(value, float)}
+        if self.policy.has_reference:
+            sampled = evaluate_policy(self.policy, prompts, [], temperature=a.temperature, seed=a.seed, **limits)
+            figures |= self._kl_to_reference(prompts, sampled.completion_ids)
+        return figures
+
+    @torch.no_grad()
+    def _kl_to_reference(self, prompts: Sequence[Prompt], responses: list[list[int]]) -> dict[str, float]:
+        """Mean KL(policy || reference) of a response, in nats, estimated (k1) on the policy's own samples."""
+        experiences = [
+            Experience(Example([*p.input_ids, *r], [False] * len(p.input_ids) + [True] * len(r)), reward=0.0)
+            for p, r in zip(prompts, responses)
+        ]
+        with self._eval_mode():
+            self.annotate(
+                experiences,
+                old_logprobs=lambda b: self.logprobs(b, "policy"),
+                ref_logprobs=lambda b: self.logprobs(b, "reference"),
+            )
+        return {"eval_kl": sum(map(kl_of, experiences)) / len(experiences)}
+
+    def _evaluate(self, log: MetricsLog) -> dict[str, float]:
+        figures = super()._evaluate(log)
+        log.completions(self.step, self.completions, shown=self.args.num_completions_to_print)
+        return figures
 
     def restore_record(self, fields: dict[str, Any]) -> Experience:
         return restore_experience(fields, self.policy.device)

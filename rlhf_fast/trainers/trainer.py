@@ -38,10 +38,12 @@ from rlhf_fast.run.metrics import MetricsLog
 from rlhf_fast.run.signals import StopSignals
 
 from . import memory
+from .best import Best
 from .build import build_policy, records_of
+from .callbacks import Callbacks, EarlyStopping
 from .config import TrainerConfig
 from .optimizers import build_optimizer
-from .resume import resume, save
+from .resume import load_best, resume, save
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 3
@@ -65,18 +67,27 @@ class Trainer:
         eval_dataset: held-out records.
         processing_class: the tokenizer; found beside the model when None.
         peft_config: a LoRA configuration; from ``args`` when None.
+        callbacks: see :mod:`.callbacks`; those of ``args`` come first.
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     method: ClassVar[str] = "sft"  # as the memory plan calls it
     headline: ClassVar[tuple[str, ...]] = ("loss",)
+    best_metric: ClassVar[str] = "loss"  # which evaluation is the best, where the config does not say
     role: ClassVar[str] = "policy"
     learning_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)  # full fine-tuning, LoRA
     keep_dropout: ClassVar[bool] = False
     record_class: ClassVar[type | None] = None  # of records that a checkpoint must hold, because they were sampled
 
     def __init__(
-        self, model, args=None, train_dataset=None, eval_dataset=None, processing_class=None, peft_config=None
+        self,
+        model,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        callbacks=(),
     ):
         self.args = args if args is not None else self.config_class()
         set_seed(self.args.seed)
@@ -111,9 +122,11 @@ class Trainer:
         self.eval_records = (
             None if eval_dataset is None else self.prepare_data(records_of(eval_dataset, "eval_dataset"))
         )
+        self._prepare_callbacks(callbacks)
         self.memory_plan = memory.settle(self)
         self._prepare_optimizer()
         self.step = 0
+        self.stopped: str | None = None  # why the run ends before its last step
         self.sampler = IndexSampler(len(self.train_records), self.args.seed)
         self.records: Sequence[Any] = []  # of the current round
         self.plan: list[list[int]] = []  # windows of the current round still to come, as indices into records
@@ -292,16 +305,7 @@ class Trainer:
             save_config(self.args, out / "config.yaml")
         self.policy.train()
         memory.check(self)
-        log = MetricsLog(
-            out,
-            list(self.headline),
-            self.total_steps,
-            trackers=self.args.report_to,
-            quiet=self.args.quiet,
-            resume_step=resumed,
-            config=dataclasses.asdict(self.args),
-            enabled=self.accelerator.is_main_process,
-        )
+        log = self._open_log(out, resumed)
         final: dict[str, float] = {}
         with log, StopSignals() as stop:
             started, tokens = time.perf_counter(), 0.0
@@ -311,23 +315,27 @@ class Trainer:
                 with self.timed("train"):
                     tokens += self._optimizer_step(self.plan.pop(0))
                 # read once: a signal that comes while logging waits for the next step
-                stopping = self.ranks.any(stop.requested) and not self.finished
-                last = self.finished or stopping
-                if last or self.step % self.args.logging_steps == 0:
-                    final.update(self._log(log, time.perf_counter() - started, tokens))
+                interrupted = self.ranks.any(stop.requested) and not self.finished
+                logged: dict[str, float] = {}
+                if self.finished or interrupted or self.step % self.args.logging_steps == 0:
+                    logged = self._log(log, time.perf_counter() - started, tokens)
+                    final.update(logged)
                     started, tokens = time.perf_counter(), 0.0
-                if last or self.step % self.args.save_steps == 0:
-                    save(self, out)
-                every = self.args.eval_steps
-                due = self.finished or (every and self.step % every == 0)
-                if self.eval_records is not None and due and not stopping:  # who asked to stop will not wait for it
-                    figures = self.evaluate()
-                    log.log(self.step, figures)
-                    final.update(figures)
-                if stopping:
+                self._notify("on_step", logged)
+                if self._evaluation_due and not interrupted:  # who asked to stop will not wait for it
+                    final.update(self._evaluate(log))
+                if self.finished or interrupted or self.step % self.args.save_steps == 0 or self.best.step == self.step:
+                    self._notify("on_save", save(self, out))
+                if self.stopped and not logged:
+                    final.update(self._log(log, time.perf_counter() - started, tokens))
+                if self.stopped:
+                    log.print(f"stopped at step {self.step}: {self.stopped}")
+                elif interrupted:
                     log.print(f"{stop.name or 'stopped'}: saved at step {self.step}; continue with --resume")
                     break
                 log.tick(self.step)
+        if self.finished and self.args.load_best_model_at_end:
+            self.say(load_best(self, out))
         if self.memory_plan is not None and torch.cuda.is_available():
             self.say(memory.compare(self.memory_plan, torch.cuda.max_memory_allocated()))
         self.save_model(out)
@@ -349,11 +357,16 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has made all its steps or used up its data."""
-        return self.step >= self.total_steps or (not self.plan and self._rows_left <= 0)
+        """Whether the run has made all its steps, used up its data or been told that it is done."""
+        return bool(self.stopped) or self.step >= self.total_steps or (not self.plan and self.rows_left <= 0)
+
+    def stop(self, why: str) -> None:
+        """End the run after this step as if it were its last one."""
+        self.stopped = why
 
     @property
-    def _rows_left(self) -> float:
+    def rows_left(self) -> float:
+        """Rows of the data that the run may still draw."""
         if self.args.max_steps > 0:
             return math.inf
         return math.ceil(len(self.train_records) * self.args.num_train_epochs) - self.rows_drawn
@@ -377,11 +390,18 @@ class Trainer:
         # the last round is as short as the data, but every window of every rank needs a row: it may run on into the next
         # epoch by a few
         fewest = self.windows_per_round * len(self.ranks)
-        rows = self.sampler.take(min(self._rows_per_round, max(fewest, self._rows_left)))
-        self.first_row = self.rows_drawn + self.ranks.bounds(len(rows))[0]
-        self.rows_drawn += len(rows)
-        self.records = self.collect(self.ranks.share([self.train_records[i] for i in rows]))
+        count = min(self._rows_per_round, max(fewest, self.rows_left))
+        self.records = self.collect(self.draw(count, *self.ranks.bounds(count)))
+        if self.record_class is not None:
+            self._notify("on_rollout", self.records)
         self.plan = self.make_plan(len(self.records))
+
+    def draw(self, count: int, begin: int, end: int) -> list[Any]:
+        """The next ``count`` rows of the data, all ranks together, of which this one gets those from ``begin`` to ``end``."""
+        rows = self.sampler.take(count)
+        self.first_row = self.rows_drawn + begin
+        self.rows_drawn += count
+        return [self.train_records[i] for i in rows[begin:end]]
 
     def _optimizer_step(self, indices: list[int]) -> float:
         """One step on the records at ``indices``; returns the response tokens seen on all ranks."""
@@ -447,6 +467,40 @@ class Trainer:
         count, tokens = self.ranks.sum(len(records), sum(map(self.size, records)))
         return Window(count, tokens or 1.0)
 
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.args.eval_steps
+        return self.eval_records is not None and (self.finished or bool(every and self.step % every == 0))
+
+    def _evaluate(self, log: MetricsLog) -> dict[str, float]:
+        with self.timed("evaluate"):
+            figures = self.evaluate()
+        log.log(self.step, figures)
+        if self.args.watches_evaluations:
+            self.best.update(self.step, figures)
+        self._notify("on_evaluate", figures)
+        return figures
+
+    def _notify(self, event: str, what: Any) -> None:
+        """Tell the callbacks, and let all ranks know when one of them stops the run."""
+        if not self.callbacks.members:
+            return
+        self.callbacks.call(event, self, what)
+        if self.ranks.any(bool(self.stopped)):
+            self.stopped = self.stopped or "another process stopped"
+
+    def _open_log(self, out: Path, resumed: int | None) -> MetricsLog:
+        return MetricsLog(
+            out,
+            list(self.headline),
+            self.total_steps,
+            trackers=self.args.report_to,
+            quiet=self.args.quiet,
+            resume_step=resumed,
+            config=dataclasses.asdict(self.args),
+            enabled=self.accelerator.is_main_process,
+        )
+
     def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:
         figures = self.metrics.read()
         figures["lr"] = self.scheduler.get_last_lr()[0]
@@ -497,6 +551,18 @@ class Trainer:
             yield
         finally:
             self.policy.train()
+
+    def _prepare_callbacks(self, more: Sequence[Any]) -> None:
+        a = self.args
+        if a.watches_evaluations and self.eval_records is None:
+            raise UserError("the best evaluation is asked for, and there is none without an eval_dataset")
+        metric = a.metric_for_best_model or self.best_metric
+        self.best = Best(metric, a.greater_is_better)
+        specs = [*a.callbacks, *more]
+        if a.early_stopping_patience is not None:
+            stopping = (metric, a.early_stopping_patience, a.early_stopping_threshold, a.greater_is_better)
+            specs.insert(0, EarlyStopping(*stopping))
+        self.callbacks = Callbacks(specs)
 
     def _prepare_optimizer(self) -> None:
         a = self.args

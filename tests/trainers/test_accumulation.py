@@ -62,13 +62,13 @@ def grpo(make, scripted, loss_type="dapo", **settings):
 def ppo(make, scripted, **settings):
     script = {f"{i}+": [w] for i, w in enumerate(WORDS)}
     rows = [{"prompt": p} for p in script]
-    args = PPOConfig(num_ppo_epochs=2, entropy_coef=0.01, vf_coef=1.0, **settings)
+    args = PPOConfig(num_ppo_epochs=2, entropy_coef=0.01, vf_coef=1.0, beta=0.1, **settings)
     return make(PPOTrainer, args, rows, reward_funcs=letters, engine=scripted(script))
 
 
 ALGORITHMS = {"sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo, "ppo": ppo}
 # losses with other denominators
-ALGORITHMS |= {f"grpo {loss}": functools.partial(grpo, loss_type=loss) for loss in ("grpo", "dr_grpo")}
+ALGORITHMS |= {f"grpo {loss}": functools.partial(grpo, loss_type=loss) for loss in ("grpo", "dr_grpo", "luspo")}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

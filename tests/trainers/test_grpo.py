@@ -13,7 +13,9 @@ from rlhf_fast import GRPOConfig, GRPOTrainer
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import Sample
-from rlhf_fast.trainers.grpo import LOSS_TYPES, group_metrics
+from rlhf_fast.trainers.groups import group_metrics
+from rlhf_fast.trainers.grpo import LOSS_TYPES
+from rlhf_fast.trainers.trainer import Window
 
 # a "!" cuts the response there; rewards are by hand
 SCRIPT = {"1+1=": ["2", "two", "3 or so!", "2, i think"], "go ": ["left", "right", "up", "down the road!"]}
@@ -75,6 +77,8 @@ def aggregated(loss_type, losses: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([l.mean() for l in losses]).mean()
     if loss_type == "dr_grpo":
         return torch.cat(losses).sum() / (len(losses) * LIMIT)
+    if loss_type == "luspo":
+        return torch.cat(losses).sum() / len(losses)
     return torch.cat(losses).mean()
 
 
@@ -187,6 +191,57 @@ def test_advantages_equal_hand_numbers(settings_, advantages, trainer, model):
         assert all((a == a[0]).all() for a in got)
 
 
+# two responses of three and two tokens with rewards 1 and 0, advantages 0.5 and -0.5; their log-ratios are 0.3 and -0.3
+NEW, OLD = ([-0.7, -2.3, -0.5], [-1.2, -1.3]), ([-1.0, -2.0, -0.5], [-1.5, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("more", "loss"),
+    [
+        # tokens lose -0.6, -0.370409, -0.5 (clipped at 1.2) and 0.674929, 0.4 (at 0.8)
+        ({"loss_type": "grpo"}, (-1.470409 / 3 + 1.074929 / 2) / 2),
+        ({"loss_type": "dapo"}, (-1.470409 + 1.074929) / 5),
+        ({"loss_type": "bnpo"}, (-1.470409 + 1.074929) / 5),
+        ({"loss_type": "dr_grpo"}, (-1.470409 + 1.074929) / (2 * LIMIT)),
+        ({"loss_type": "luspo"}, (-1.470409 + 1.074929) / 2),
+        # -0.5 (1.2 * -0.7 + 0.740818 * -2.3 - 0.5) and 0.5 (1.2 * -1.2 + 0.740818 * -1.3)
+        ({"loss_type": "cispo", "epsilon_high": 1.2}, (1.521941 - 1.201532) / 5),
+        ({"loss_type": "reinforce"}, (0.5 * 3.5 - 0.5 * 2.5) / 5),
+        # 0.674929 is more than 1.25 * 0.5
+        ({"loss_type": "dapo", "delta": 1.25}, (-1.470409 + 0.625 + 0.4) / 5),
+        # the ratios of both responses are exp(0)
+        ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, 0.0),
+        ({"loss_type": "luspo", "importance_sampling_level": "sequence_token"}, (-1.5 + 1.0) / 2),
+        # KL (k3) for d = -0.3, 0.3, 0 is 0.040818, 0.049859, 0; for -0.3, 0.3 the first two again
+        ({"loss_type": "dapo", "beta": 2.0}, (-1.470409 + 1.074929 + 2 * 2 * 0.090677) / 5),
+    ],
+    ids=str,
+)
+def test_losses_of_three_tokens_equal_hand_numbers(more, loss, trainer, model):
+    made = trainer(model, {"q": ["ab", "c"]}, num_iterations=2, scale_rewards="none", **more)
+    made.logprobs = lambda batch, role: torch.tensor([0.0, *OLD[0], 0.0, *OLD[1]])
+    made.args.num_generations, made.args.shared_prefix = 2, False
+    made.rollouts.functions = [lambda completions, **_: [1.0, 0.0]]
+    records = made.collect(made.train_records)
+    assert [r.advantages.tolist() for r in records] == [[0.5] * 4, [-0.5] * 3]
+    new = torch.tensor([0.0, *NEW[0], 0.0, *NEW[1]])
+    made.model = lambda batch, **_: (new, torch.zeros_like(new))
+    ((got, _, _),) = made.losses(records, Window(2, 5))
+    assert float(got) == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_price_of_the_kl_in_the_reward_is_paid_before_the_baseline(trainer, model):
+    """The first response drifted by 0.5 + 0.25 nats, the second by -1: 1 - 0.3 and 0 + 0.4 are 0.15 from their mean."""
+    made = trainer(model, {"q": ["ab", "c"]}, kl_coef=0.4, scale_rewards="none")
+    made.args.num_generations, made.args.shared_prefix = 2, False
+    made.rollouts.functions = [lambda completions, **_: [1.0, 0.0]]
+    drift = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.0, -1.0, 0.0])
+    made.logprobs = lambda batch, role: torch.zeros(7) if role == "reference" else drift
+    records = made.collect(made.train_records)
+    assert [float(r.advantages[0]) for r in records] == pytest.approx([0.15, -0.15])
+    assert [r.reward for r in records] == [1.0, 0.0]
+
+
 def test_scaling_by_the_batch_divides_all_groups_by_one_number(trainer, model):
     made = trainer(model, scale_rewards="batch")
     got = [float(e.advantages[0]) for e in made.collect(made.train_records)]
@@ -284,6 +339,70 @@ def test_group_metrics_look_at_what_was_scored():
     assert float(metrics["reward"]) == pytest.approx(7 / 5)
     assert float(metrics["reward_std"]) == pytest.approx((math.sqrt(0.5) + 0.0) / 2)
     assert float(metrics["frac_reward_zero_std"]) == pytest.approx(2 / 3)
+
+
+# ---- dynamic sampling
+
+# of the prompts "a" to "f", only the responses to "b" and "e" differ in their rewards
+MIXED = {p: ["up", "left", "up", "left"] if p in "be" else ["up"] * 4 for p in "abcdef"}
+
+
+@pytest.fixture
+def dynamic(trainer, model):
+    """dynamic(rounds, prompts, **settings) -> trainer, whose data come in alphabetical order, and a round of ``prompts``."""
+
+    def make(rounds, prompts, script=MIXED, **more):
+        made = trainer(model, script, dynamic_sampling_rounds=rounds, **more)
+        made.sampler.shuffle = False
+        return made, made.collect(made.draw(prompts, 0, prompts))
+
+    return make
+
+
+def prompts_of(experiences, tokenizer):
+    return [tokenizer.decode(e.example.input_ids[0]) for e in experiences[::4]]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "kept", "asked"),
+    [
+        (0, "ab", ["ab"]),
+        (1, "cb", ["ab", "c"]),
+        (2, "db", ["ab", "c", "d"]),
+        (3, "eb", ["ab", "c", "d", "e"]),
+        (9, "eb", ["ab", "c", "d", "e"]),
+    ],
+)
+def test_groups_scored_all_alike_give_way_to_further_prompts(rounds, kept, asked, dynamic, tokenizer):
+    """In the order of the data, round after round, until all groups differ or the rounds are over."""
+    made, experiences = dynamic(rounds, 2, num_train_epochs=1)
+    assert prompts_of(experiences, tokenizer) == list(kept)
+    assert [[tokenizer.decode(r.prompt_ids) for r in requests] for requests in made.engine.requests] == [
+        list(prompts) for prompts in asked
+    ]
+    seeds = [r.seed for requests in made.engine.requests for r in requests]
+    assert seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    figures = made.metrics.read()
+    # of all that was sampled: one group in each round after the first
+    sampled = "".join(asked)
+    assert figures["frac_reward_zero_std"] == pytest.approx(sum(p not in "be" for p in sampled) / len(sampled))
+    rewards = [REWARDS[r] for p in sampled for r in MIXED[p]]
+    assert figures["reward"] == pytest.approx(sum(rewards) / len(rewards))
+
+
+def test_dynamic_sampling_ends_with_the_data(dynamic, tokenizer):
+    """Of one epoch: two prompts are left for three groups."""
+    made, experiences = dynamic(9, 4, {p: ["up"] * 4 for p in "abcdef"}, num_train_epochs=1)
+    assert prompts_of(experiences, tokenizer) == list("efcd")
+    assert made.rows_left == 0
+    assert made.finished
+
+
+def test_unscored_groups_are_replaced_too(dynamic, tokenizer):
+    made, _ = dynamic(0, 1)
+    made.args.dynamic_sampling_rounds = 1
+    made.rollouts.functions = [lambda completions, **_: [None] * len(completions)]
+    assert prompts_of(made.collect(made.draw(2, 0, 2)), tokenizer) == list("de")
 
 
 def test_truncated_responses_can_be_left_out(sgd, trainer, model, by_the_book, run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -82,6 +83,29 @@ def test_rewards_advantages_and_returns_of_three_tokens_equal_hand_numbers(three
     assert figures["val/explained_variance"] == pytest.approx(1 - 0.0338889 / 0.1872222, abs=1e-4)
 
 
+def test_ratios_and_losses_of_three_tokens_equal_hand_numbers(three_tokens):
+    """Log-ratios 0.3, -0.3, 0 give ratios 1.349859, 0.740818, 1; advantages are 1, -0.5, 2, clips 0.2.
+
+    Policy: min(1.349859, 1.2) = 1.2; min(-0.370409, -0.4) = -0.4; 2: the mean of these is 0.933333, the loss its negative.
+    Value: errors (0.5 - 0.95)^2 = 0.2025, but kept at 0.4 0.3025; (0.1 - 1.6)^2 = 2.25, kept at 0.2 1.96; (1 - 2)^2 = 1:
+    the larger of each over 2, on average 3.5525 / 6. KL (k3) for d = -0.8, 1.3, 0: 0.249329, 1.369297, 0.
+    """
+    made, experience = three_tokens(lam=0.5, kl_coef=0.1, beta=0.25, entropy_coef=0.5, vf_coef=0.7)
+    experience.advantages = torch.tensor([0.0, 1.0, -0.5, 2.0])
+    new, values = torch.tensor([0.0, -0.7, -2.3, -0.5]), torch.tensor([0.0, 0.5, 0.1, 1.0])
+    passes = {"logprobs": (new, torch.tensor([9.0, 1.0, 2.0, 0.6]) * torch.tensor([0.0, 1, 1, 1])), "values": values}
+    made.model = lambda batch, output="logprobs", **_: passes[output]
+    (policy, figures, _), (value, value_figures, _) = made.losses([experience], Window(1, 3))
+    kl = (0.249329 + 1.369297) / 3
+    assert float(policy) == pytest.approx(-0.933333 + 0.25 * kl - 0.5 * 1.2, abs=1e-5)
+    assert float(value) == pytest.approx(0.7 * 3.5525 / 6, abs=1e-5)
+    assert float(figures["val/ratio"]) == pytest.approx((1.349859 + 0.740818 + 1) / 3, abs=1e-5)
+    assert float(figures["policy/clipfrac_avg"]) == pytest.approx(2 / 3)
+    assert float(figures["kl"]) == pytest.approx(kl, abs=1e-5)
+    assert float(figures["objective/entropy"]) == pytest.approx(1.2)
+    assert float(value_figures["loss/value_avg"]) == pytest.approx(3.5525 / 6, abs=1e-5)
+
+
 def backwards(rewards, values, gamma, lam):
     """Advantages by the recursion of arXiv:1506.02438."""
     advantages, following, next_value = [], 0.0, 0.0
@@ -111,6 +135,11 @@ ESTIMATES = {
         {"kl_estimator": "k3"},
         {"kl_estimator": "abs"},
         {"whiten_rewards": True},
+        {"reward_scale": 3.0},
+        {"reward_clip": 0.5},
+        {"reward_scale": 3.0, "reward_clip": 4.0},
+        {"reward_clip": 1.0, "missing_eos_penalty": 0.75, "response": "abc!"},  # the penalty is not cut
+        {"normalize_rewards": True},  # the only score so far is the mean
         {"missing_eos_penalty": 0.75},  # it ended, so there is nothing to pay
         {"missing_eos_penalty": 0.75, "response": "abc!"},
         {"response": "abc!"},
@@ -121,7 +150,10 @@ def test_every_setting_of_the_rewards_changes_them_as_it_says(more, three_tokens
     _, experience = three_tokens(**more)
     s = {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.05, "kl_estimator": "k1"} | more
     rewards = [-s["kl_coef"] * ESTIMATES[s["kl_estimator"]](o - r) for o, r in zip(OLD, REFERENCE)]
-    rewards[-1] += 2.0 - (0.75 if "missing_eos_penalty" in more and "response" in more else 0.0)
+    score = 0.0 if "normalize_rewards" in more else 2.0 * more.get("reward_scale", 1.0)
+    rewards[-1] += min(score, more.get("reward_clip", math.inf)) - (
+        0.75 if "missing_eos_penalty" in more and "response" in more else 0.0
+    )
     if "whiten_rewards" in more:
         mean = sum(rewards) / 3
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)
@@ -152,7 +184,7 @@ def test_the_adaptive_coefficient_moves_as_in_equation_8(nats, target, error, th
 def by_the_book(plain, ids):
     """by_the_book(policy, critic, head, steps, ...) -> losses; changes all three by gradient descent."""
 
-    def loop(policy, critic, head, steps, vf_coef, entropy_coef=0.0, clip=0.2, clip_value=0.2, lr=0.1):
+    def loop(policy, critic, head, steps, vf_coef, entropy_coef=0.0, clip=0.2, clip_value=0.2, beta=0.0, lr=0.1):
         asked = [(ids(p), ids(r[0].rstrip("!"), end="!" not in r[0])) for p, r in SCRIPT.items()]
         scores = [SCORES[r[0].rstrip("!")] for r in SCRIPT.values()]
 
@@ -179,11 +211,13 @@ def by_the_book(plain, ids):
         for _ in range(steps):
             values, entropies = values_and_entropies()
             values = torch.cat(values)
-            ratio = torch.exp(torch.cat([plain(policy, p, r) for p, r in asked]) - old)
+            log_ratio = torch.cat([plain(policy, p, r) for p, r in asked]) - old
+            ratio = torch.exp(log_ratio)
+            kl = torch.exp(-log_ratio) + log_ratio - 1
             surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
             near = old_values + (values - old_values).clamp(-clip_value, clip_value)
             errors = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
-            results.append((-surrogate - entropy_coef * entropies + vf_coef * errors).mean())
+            results.append((-surrogate - entropy_coef * entropies + vf_coef * errors + beta * kl).mean())
             everything = [*policy.parameters(), *critic.parameters(), *head]
             grads = torch.autograd.grad(results[-1], everything, allow_unused=True)
             with torch.no_grad():
@@ -194,13 +228,16 @@ def by_the_book(plain, ids):
     return loop
 
 
-@pytest.mark.parametrize("more", [{}, {"entropy_coef": 0.5}, {"cliprange": 0.05, "cliprange_value": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"entropy_coef": 0.5}, {"cliprange": 0.05, "cliprange_value": 0.01}, {"beta": 2.0}], ids=str
+)
 def test_three_passes_take_the_steps_of_the_formulas(more, sgd, trainer, model, by_the_book, run):
     policy, critic = copy.deepcopy(model), copy.deepcopy(model)
     made = trainer(model, num_ppo_epochs=3, vf_coef=0.7, learning_rate=0.05, **more)
     head = [p.detach().clone().requires_grad_() for p in made.policy.heads["value"].parameters()]
     clips = {"clip": more.get("cliprange", 0.2), "clip_value": more.get("cliprange_value", 0.2)}
     result = run(made)
+    clips["beta"] = more.get("beta", 0.0)
     losses = by_the_book(policy, critic, head, 3, 0.7, more.get("entropy_coef", 0.0), lr=0.05, **clips)
     assert result.losses == pytest.approx(losses, abs=1e-4)
     for name, parameter in policy.named_parameters():
@@ -299,6 +336,15 @@ def test_an_unscored_response_might_as_well_not_exist(sgd, trainer, make_model, 
         torch.testing.assert_close(runs[0].weights[name], weight, atol=1e-5, rtol=0, msg=name)
 
 
+def test_two_functions_are_mixed_by_their_weights(trainer, model, run):
+    def short(completions, **_):
+        return [-float(len(c)) for c in completions]
+
+    step = run(trainer(model, reward=[by_hand, short], reward_weights=[2.0, 0.25])).steps[0]
+    want = [2 * score - 0.25 * len(text) for text, score in SCORES.items()]
+    assert step["objective/scores"] == pytest.approx(sum(want) / 4)
+
+
 # ---- real sampling
 
 
@@ -364,9 +410,24 @@ def test_a_reward_adapter_scores_on_the_policys_own_base(make_model, tokenizer, 
         **settings(reward_model_path=judge.args.output_dir, per_device_train_batch_size=4, num_train_epochs=2)
     )
     rows = [{"prompt": p} for p in SCRIPT]
-    made = PPOTrainer(
-        base, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft, engine=scripted(SCRIPT)
+    given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": peft, "engine": scripted(SCRIPT)}
+    made = PPOTrainer(base, args=args, **given)
+    mixed = PPOTrainer(base, [by_hand], dataclasses.replace(args, reward_weights=[0.5, 2.0], max_steps=1), **given)
+    figures = mixed.train()
+    assert figures["rewards/by_hand/mean"] == pytest.approx(sum(SCORES.values()) / 4)
+    assert figures["rewards/reward_model/mean"] == pytest.approx(float(want.mean()), abs=1e-5)
+    assert figures["objective/scores"] == pytest.approx(
+        0.5 * sum(SCORES.values()) / 4 + 2 * float(want.mean()), abs=1e-5
     )
+    twice = PPOTrainer(
+        base,
+        args=dataclasses.replace(args, reward_model_path=[judge.args.output_dir] * 2, reward_weights=[1.0, -3.0]),
+        **given,
+    )
+    assert set(twice.policy.adapters.names) == {"policy", "value", "reward", "reward_2"}
+    (figures, *_) = run(twice).steps
+    assert figures["rewards/reward_model_2/mean"] == pytest.approx(float(want.mean()), abs=1e-5)
+    assert figures["objective/scores"] == pytest.approx(-2 * float(want.mean()), abs=1e-5)
     assert set(made.policy.adapters.names) == {"policy", "value", "reward"}
     assert len(made.policy.copies) == 0
     scores = [s["objective/scores"] for s in run(made).steps if "objective/scores" in s]

@@ -32,8 +32,16 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
         "sft lora": ("sft", EXAMPLES, {**sft, "use_peft": True}),
         "grpo full": ("grpo", PROMPTS, grpo),
         "grpo lora": ("grpo", PROMPTS, {**grpo, "use_peft": True}),
-        # 9 rows: a last window with fewer rows than processes; PPO whitens by process, so it is only seen to run
+        # groups of the whole batch are compared, and those that are all alike replaced, wherever they are
+        "grpo whitened": (
+            "grpo",
+            PROMPTS,
+            {**grpo, "scale_rewards": "whiten", "dynamic_sampling_rounds": 2, "kl_coef": 0.1},
+        ),
+        "grpo batch": ("grpo", PROMPTS, {**grpo, "scale_rewards": "batch", "loss_type": "grpo"}),
+        # 9 rows: a last window with fewer rows than processes
         "sft one row": ("sft", EXAMPLES[:9], sft),
+        "ppo full": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "normalize_rewards": True}),
         "ppo lora": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "use_peft": True}),
     }
     return {
@@ -58,7 +66,7 @@ def results(tmp_path_factory, tokenizer):
         path.write_text(json.dumps(cases(folder / str(processes), folder / "model", processes)))
         workers += _start(path, processes)
     try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
+        said = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -94,7 +102,10 @@ def _save_model(folder, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["sft full", "sft lora", "grpo full", "grpo lora"])
+SAME = ["sft full", "sft lora", "grpo full", "grpo lora", "grpo whitened", "grpo batch", "ppo full", "ppo lora"]
+
+
+@pytest.mark.parametrize("name", SAME)
 def test_two_processes_make_the_steps_of_one(name, results):
     one, two, _ = results[name]
     kept = (
@@ -106,6 +117,8 @@ def test_two_processes_make_the_steps_of_one(name, results):
         "mean_token_accuracy",
         "completions/mean_length",
         "eval_loss",
+        "objective/scores",
+        "objective/kl",
     )
     assert len(one["steps"]) == len(two["steps"])
     for alone, shared in zip(one["steps"], two["steps"]):

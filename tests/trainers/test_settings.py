@@ -258,6 +258,13 @@ def test_rollouts_fill_so_many_slots_and_are_evaluated_on_a_few_prompts(make_mod
         (GRPOConfig, {"num_iterations": 0}, "num_iterations is 0"),
         (GRPOConfig, {"num_generations": 3}, "num_generations is 3: .* = 8 responses"),
         (GRPOConfig, {"num_generations": 1}, "num_generations is 1: it must be at least 2"),
+        (GRPOConfig, {"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds is -1; it must be at least 0"),
+        (
+            GRPOConfig,
+            {"soft_overlong_cache": 600},
+            "soft_overlong_cache is 600; .* max_completion_length of 512 tokens",
+        ),
+        (PPOConfig, {"reward_clip": 0.0}, "reward_clip is 0.0; it must be above 0"),
         (PPOConfig, {"kl_estimator": "k4"}, "kl_estimator is 'k4'; choose one of k1"),
         (PPOConfig, {"num_mini_batches": 0}, "num_mini_batches is 0"),
         (PPOConfig, {"kl_target": 0.0}, "kl_target is 0.0; it must be above 0"),

@@ -1,0 +1,36 @@
+"""What the README says about settings is what the trainers take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from rlhf_fast import GRPOConfig
+from rlhf_fast.run.config import parse_config
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_every_variant_of_grpo_in_the_table_is_a_config():
+    """Written as YAML, every key and value is taken as it stands; no two rows are the same."""
+    table = README[README.index("| variant | settings") :].split("\n\n")[0]
+    rows = [line.split("|")[2] for line in table.splitlines()[2:]]
+    configs = [yaml.safe_load("\n".join(re.findall(r"`([^`]+)`", row))) for row in rows]
+    assert len(configs) == 10
+    for values in configs:
+        flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        config = parse_config(GRPOConfig, flags)
+        assert {key: getattr(config, key) for key in values} == values
+    assert len({str(sorted(values.items())) for values in configs}) == len(configs)
+
+
+def test_the_settings_of_watching_a_run_are_real(tmp_path):
+    text = README[README.index("### Watching a run") :]
+    block = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]
+    path = tmp_path / "watch.yaml"
+    path.write_text(block)
+    config = parse_config(GRPOConfig, ["--config", str(path)])
+    assert config.load_best_model_at_end
+    assert config.callbacks == ["my_callbacks:Watch"]
