@@ -125,12 +125,8 @@ class RLConfig(TrainerConfig):
     reward_funcs: list[Any] = field(default_factory=list)  # built-in name, module:function, or {name: ..., ...}
     reward_weights: list[float] | None = None  # one per reward function; None weighs them all 1
     soft_overlong_cache: int = 0  # tokens before the limit on which a penalty grows to 1 (DAPO, eq. 13); 0: none
-    vllm_importance_sampling_correction: bool | None = (
-        None  # weigh by trainer over engine; none: if weights are not shared
-    )
-    vllm_importance_sampling_mode: str = (
-        "sequence_mask"  # token or sequence, _truncate or _mask (drop) beyond the bounds
-    )
+    vllm_importance_sampling_correction: bool | None = None  # weigh by trainer / engine; none: where weights differ
+    vllm_importance_sampling_mode: str = "sequence_mask"  # token_ or sequence_; truncate or mask (drop) beyond bounds
     vllm_importance_sampling_clip_min: float | None = None  # lower bound of those weights; none: 0
     vllm_importance_sampling_clip_max: float | None = 3.0  # upper bound of those weights; none: no bound
     max_prompt_length: int | None = 512  # tokens; longer prompts are left out

@@ -55,8 +55,6 @@ def collected(make_model, tokenizer, settings, scripted):
     def make(kind, swaps=False, **more):
         config, trainer_class = {"ppo": (PPOConfig, PPOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[kind]
         engine = scripted(SCRIPT)
-        if swaps:
-            engine.capabilities = engine.capabilities | {"lora_swap"}
         sizes = {"per_device_train_batch_size": 4} | ({"num_generations": 4} if kind == "grpo" else {})
         made = trainer_class(
             make_model(),
@@ -66,6 +64,8 @@ def collected(make_model, tokenizer, settings, scripted):
             processing_class=tokenizer,
             engine=engine,
         )
+        if swaps:  # not before: it would be sent adapters
+            engine.capabilities = engine.capabilities | {"lora_swap"}
         torch.manual_seed(0)
         return made, made.collect(made.train_records * (4 if kind == "ppo" else 1))
 
