@@ -176,14 +176,15 @@ def main() -> None:
     names = args.contenders or list(CONTENDERS)
     faults = {name: check(name, policy) for name in names}
     about = {"shape": args.shape, "device": device, "prompts": args.prompts, "n": args.n, "longest": args.longest}
-    rows = [about | {"contender": n, "batch": b, "times": [], "cpu": []} for n in names for b in args.batches]
+    rows = [about | {"contender": n, "batch": b, "times": [], "cpu": []} for b in args.batches for n in names]
     for turn in range(args.rounds):
         for row in rows if turn % 2 == 0 else reversed(rows):
             if time.perf_counter() - began < args.seconds:
                 measure(row, policy, work, faults[row["contender"]])
-    written = write(path, [finished(row, work, policy) for row in rows if "status" in row])
-    path.with_suffix(".md").write_text(markdown(written))
-    print(markdown(written))
+                # a run that is cut off keeps what it has
+                written = write(path, [finished(row, work, policy)])
+                path.with_suffix(".md").write_text(markdown(written))
+    print(path.with_suffix(".md").read_text())
 
 
 def build(shape: str) -> Policy:
@@ -243,9 +244,9 @@ def measure(row: dict[str, Any], policy: Policy, work: Work, fault: str | None) 
 
 def finished(row: dict[str, Any], work: Work, policy: Policy) -> dict[str, Any]:
     """The row as it is written."""
-    times, cpu = row.pop("times"), row.pop("cpu")
-    median, median_cpu = (statistics.median(x) if x else float("nan") for x in (times, cpu))
-    return row | {
+    times = row["times"]
+    median, median_cpu = (statistics.median(x) if x else float("nan") for x in (times, row["cpu"]))
+    return {k: v for k, v in row.items() if k not in ("times", "cpu")} | {
         "tokens": work.tokens,
         "seconds": median,
         "min_s": min(times, default=float("nan")),
@@ -317,18 +318,21 @@ def markdown(rows: list[dict[str, str]]) -> str:
             f"{first['machine']}, {first['threads']} thread(s), {first['versions']}, {first['date']}. Qwen2 architecture, random",
             f"weights: {sizes}. {first['tokens']} new tokens; medians of {first['rounds']} round(s).",
             "",
-            "| contender | sequences at a time | tokens/s | ours over it | of the bandwidth limit | seconds (least, most) | CPU seconds |",
+            "| contender | sequences at a time | tokens/s | ours over it | its CPU seconds over ours | of the bandwidth limit | seconds (least, most) |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         winners = best(group)
-        ours = next((float(r["tokens_per_second"]) for r in winners if r["contender"] == "slots"), float("nan"))
+        slots = next((r for r in winners if r["contender"] == "slots"), None)
+        ours, our_cpu = (float(slots[k]) if slots else math.nan for k in ("tokens_per_second", "median_cpu_s"))
         for row in winners + [r for r in group if r not in winners]:
             speed, share = float(row["tokens_per_second"]), float(row["of_bandwidth"])
-            told = [f"{speed:.0f}", f"{ours / speed:.2f}", "" if math.isnan(share) else f"{share:.0%}"]
-            told = told if row["status"] == "ok" else [row["status"], "", ""]
+            cpu = float(row["median_cpu_s"]) / our_cpu
+            told = [f"{speed:.0f}", f"{ours / speed:.2f}", "" if math.isnan(cpu) else f"{cpu:.2f}"]
+            told += ["" if math.isnan(share) else f"{share:.0%}"]
+            told = told if row["status"] == "ok" else [row["status"], "", "", ""]
             mark = " (best)" if row in winners and row["status"] == "ok" else ""
             lines.append(
-                f"| {row['contender']}{mark} | {row['batch']} | {' | '.join(told)} | {row['seconds']} ({row['min_s']}, {row['max_s']}) | {row['median_cpu_s']} |"
+                f"| {row['contender']}{mark} | {row['batch']} | {' | '.join(told)} | {row['seconds']} ({row['min_s']}, {row['max_s']}) |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -8,11 +8,15 @@ import threading
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 httpx2 = pytest.importorskip("httpx2")
 pytest.importorskip("starlette")
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import load
+from rlhf_fast.models.adapters import check_adapter, lora_config
 from rlhf_fast.rollout import Request
 from rlhf_fast.rollout.serving.answer import TextStream
 from rlhf_fast.rollout.slots import SlotEngine
@@ -256,6 +260,33 @@ def test_a_folder_that_holds_no_adapter_of_this_base_is_refused(make_policy, ser
     good = adapter_folder("good", 1)
     assert httpx2.post(served.url + path, json={"lora_name": "x", "lora_path": str(good)}).status_code == 200
     assert served.service.models.policy.adapters.names == [served.service.models.roles["x"]]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_an_adapter_that_fits_is_told_from_one_of_another_model_before_anything_changes(
+    make_policy, tmp_path, architecture
+):
+    """GPT-2 keeps its weights transposed; its own adapter fits all the same, and the other model's does not."""
+    folders = {}
+    for name in ("qwen2", "gpt2"):
+        policy = make_policy(name, peft_config=lora_config(r=2))
+        policy.adapters.save("policy", tmp_path / name)
+        folders[name] = tmp_path / name
+    policy = make_policy(architecture)
+    before = set(dict(policy.model.named_modules()))
+    check_adapter(folders.pop(architecture), policy.model)
+    with pytest.raises(UserError, match=r"does not fit this model: .*lora_A.weight is \(2, .*no linear layer here"):
+        check_adapter(*folders.values(), policy.model)
+    assert set(dict(policy.model.named_modules())) == before
+
+
+def test_an_adapter_of_a_wider_model_is_told_by_its_sizes(make_policy, tmp_path):
+    make_policy(peft_config=lora_config(r=2)).adapters.save("policy", tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(k for k in tensors if "q_proj.lora_A" in k)
+    save_file({**tensors, key: torch.zeros(2, 64)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"is \(2, 64\), and .*q_proj is a layer of 32 inputs and 32 outputs here"):
+        check_adapter(tmp_path, make_policy().model)
 
 
 def test_a_busy_adapter_does_not_starve_another(make_policy, serve, adapter_folder):
