@@ -49,8 +49,8 @@ class SlotCache:
     def resize(self, rows: int, length: int) -> None:
         """Make or give back room, one layer after the other; what is in slots and places that remain is kept."""
         self.rows, self.length = rows, length
-        for index, old in list(self.layers.items()):
-            self.layers[index] = tuple(self._resized(x) for x in old)
+        for index in list(self.layers):  # not the items: old layers must go one by one
+            self.layers[index] = tuple(self._resized(x) for x in self.layers.pop(index))
 
     def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer whose new ones are ``k`` and ``v`` (B, Hk, T, d)."""

@@ -25,7 +25,7 @@ from rlhf_fast import (
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
 from rlhf_fast.models.adapters import lora_config
-from rlhf_fast.rollout import GenerateEngine, Request
+from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine
 from rlhf_fast.run.checkpoint import rng_state
 from rlhf_fast.run.memory import GB, Job, Part, Plan, Shape, find_shape, plan
 from rlhf_fast.trainers.memory import _ballast, check, compare, plan_of, weights_of
@@ -190,7 +190,10 @@ def check_peak(method, model, make, scripted=None, tokens=250, **more) -> Plan:
     return planned
 
 
-ENGINES = {"generate": GenerateEngine}
+ENGINES = {
+    "generate": lambda policy, sequences: GenerateEngine(policy, max_batch_size=sequences),
+    "slots": lambda policy, sequences: SlotEngine(policy, slots=sequences),
+}
 # prompts' lengths, samples of each, new tokens, vocabulary; and whether the prompts or the tokens take the most
 ROLLOUTS = {
     "long responses": ([64, 50, 40, 33], 8, 96, 2048, "tokens"),
@@ -234,7 +237,7 @@ def check_rollout(policy, engine, prompts, n, new, **settings) -> dict[str, floa
     job = Job(shape=Shape.of(policy.model.config.to_dict()), method="grpo", device="cpu", **sizes, **settings)
     peaks = plan(job, weights=[Part("weights", 0, "always")]).peaks
     peaks = {moment: value for moment, value in peaks.items() if "rollout" in moment}
-    sampler = engine(policy, max_batch_size=job.rollout_batch_size)
+    sampler = engine(policy, job.rollout_batch_size)
     requests = [Request([1 + i] * length, n=n, max_new_tokens=new, seed=i) for i, length in enumerate(prompts)]
     samples = []
     measured = peak_bytes(lambda: samples.extend(sampler.generate(requests)))

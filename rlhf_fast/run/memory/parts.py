@@ -158,7 +158,7 @@ def head_rows(tokens: int, vocab: int, device: str = "cuda") -> int:
 
 
 def rollout(job: Job, sequences: int) -> list[Part]:
-    """What sampling ``sequences`` at a time with ``GenerateEngine`` needs: for the prompts, and at the last token of all.
+    """What sampling ``sequences`` at a time needs, with either engine in process: for the prompts, and at the last token of all.
 
     Prompts are read at once, as rows as long as the longest, each once for all its samples.
     """
