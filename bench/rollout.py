@@ -39,10 +39,23 @@ SHAPES = {
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
     | {"num_key_value_heads": 4, "vocab_size": 152064},
 }
-COLUMNS = ("shape", "device", "prompts", "n", "longest", "contender", "batch", "status", "tokens", "seconds", "min_s")
-COLUMNS += ("max_s", "median_cpu_s", "tokens_per_second", "of_bandwidth", "peak_gb", "rounds", "machine", "threads")
+COLUMNS = (
+    "shape",
+    "device",
+    "threads",
+    "prompts",
+    "n",
+    "longest",
+    "contender",
+    "batch",
+    "status",
+    "tokens",
+    "seconds",
+    "min_s",
+)
+COLUMNS += ("max_s", "median_cpu_s", "tokens_per_second", "of_bandwidth", "peak_gb", "rounds", "machine")
 COLUMNS += ("date", "versions")
-KEY = ("shape", "device", "prompts", "n", "longest", "contender", "batch")
+KEY = ("shape", "device", "threads", "prompts", "n", "longest", "contender", "batch")
 
 
 @dataclass(frozen=True)
@@ -308,14 +321,14 @@ def markdown(rows: list[dict[str, str]]) -> str:
     ]
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[k] for k in KEY[:5]), []).append(row)
-    for (shape, _, prompts, n, longest), group in groups.items():
+        groups.setdefault(tuple(row[k] for k in KEY[:6]), []).append(row)
+    for (shape, _, threads, prompts, n, longest), group in groups.items():
         first = group[0]
         sizes = ", ".join(f"{k} {v}" for k, v in SHAPES[shape].items())
         lines += [
-            f"## {prompts} prompts x {n} samples, {SHORTEST} to {longest} tokens each, {shape} shape",
+            f"## {prompts} prompts x {n} samples, {SHORTEST} to {longest} tokens each, {shape} shape, {threads} thread(s)",
             "",
-            f"{first['machine']}, {first['threads']} thread(s), {first['versions']}, {first['date']}. Qwen2 architecture, random",
+            f"{first['machine']}, {threads} thread(s), {first['versions']}, {first['date']}. Qwen2 architecture, random",
             f"weights: {sizes}. {first['tokens']} new tokens; medians of {first['rounds']} round(s).",
             "",
             "| contender | sequences at a time | tokens/s | ours over it | its CPU seconds over ours | of the bandwidth limit | seconds (least, most) |",

@@ -1,0 +1,56 @@
+"""The bench of rollouts: who is timed, and what its files say."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import gpu_rollout, rollout
+from bench.rollout import CONTENDERS, Work, build, check, markdown, measure
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return build("cpu")
+
+
+@pytest.mark.parametrize("name", ["slots", "GenerateEngine", "generate", "generate, static cache"])
+def test_a_contender_is_right_and_writes_exactly_what_was_asked_for(policy, name):
+    """Lengths of 8 to 12 tokens in batches of 4: ragged, so that a batch's longest is not everyone's."""
+    work = Work.of(3, 2, 12, 4096)
+    assert len(set(work.lengths)) > 1
+    row = {"contender": name, "batch": 4, "times": [], "cpu": []}
+    measure(row, policy, work, check(name, policy))
+    assert row["status"] == "ok" and len(row["times"]) == 1
+
+
+def test_a_contender_with_other_tokens_is_not_timed(policy, monkeypatch):
+    def shifted(*args):
+        return {i: [[(t + 1) % 4096 for t in ids] for ids in group] for i, group in slots(*args).items()}
+
+    slots = CONTENDERS["slots"]
+    monkeypatch.setitem(rollout.CONTENDERS, "slots", shifted)
+    row = {"contender": "slots", "batch": 4, "times": [], "cpu": []}
+    measure(row, policy, Work.of(1, 1, 12, 4096), check("slots", policy))
+    assert row["status"].startswith("wrong: 0 of") and not row["times"]
+
+
+ROW = {"shape": "7b", "device": "cuda", "prompts": "64", "n": "4", "longest": "256", "batch": "64", "status": "ok"}
+ROW |= {"tokens": "1000", "seconds": "1", "min_s": "1", "max_s": "1", "median_cpu_s": "1", "of_bandwidth": "0.65"}
+ROW |= {"rounds": "1", "machine": "a GPU", "threads": "1", "date": "today", "versions": "torch=0"}
+OURS = ROW | {"contender": "slots", "tokens_per_second": "1000"}
+THEIRS = ROW | {"contender": "generate", "tokens_per_second": "400"}
+
+
+def test_the_table_compares_with_our_best_batch_size():
+    slower = OURS | {"batch": "32", "tokens_per_second": "500"}
+    table = markdown([slower, OURS, THEIRS])
+    assert "| slots (best) | 64 | 1000 | 1.00 |" in table and "| slots | 32 | 500 | 2.00 |" in table
+    assert "| generate (best) | 64 | 400 | 2.50 |" in table
+
+
+def test_targets_are_met_missed_or_not_measured(tmp_path):
+    rollout.write(tmp_path / "rollout-cuda.csv", [OURS, THEIRS])
+    lines = gpu_rollout.targets(tmp_path, {}, dry=False).splitlines()
+    assert "| share of the bandwidth limit, 64 sequences | 0.65 | ≥ 0.6 | met |" in lines
+    assert "| speed over generate, 64 sequences | 2.5 | ≥ 3 | missed |" in lines
+    assert "| speed over continuous batching, 64 sequences |  | ≥ 2 | not measured |" in lines
