@@ -31,11 +31,7 @@ from .trainer import Window
 LOSS_TYPES = {
     "grpo": ("clip", "sequence", "responses"),  # mean over each response, then over responses (arXiv:2402.03300, eq. 3)
     "dapo": ("clip", "token", "tokens"),  # mean over all tokens of the optimizer step (arXiv:2503.14476, eq. 8)
-    "bnpo": (
-        "clip",
-        "token",
-        "tokens",
-    ),  # mean over the tokens of the batch; the same here, where that is the whole step
+    "bnpo": ("clip", "token", "tokens"),  # mean over the tokens of the batch, which here is the whole step
     "dr_grpo": ("clip", "constant", "limit"),  # sum over a constant: no length bias (arXiv:2503.20783, sec. 3)
     "luspo": ("clip", "constant", "responses"),  # sum over each response, mean over responses (arXiv:2602.05261)
     "cispo": ("cispo", "token", "tokens"),  # the clipped ratio weighs log-probabilities (arXiv:2506.13585, eq. 4)

@@ -88,11 +88,9 @@ class PPOTrainer(RLTrainer):
         self.say(f"reference: {self.policy.reference}")
         self.policy.add_role("value", trainable=True, head=True)
         models = attach_reward_models(self.policy, self.args.reward_model_path or [])
-        for model in models:
-            shared = (
-                "an adapter on the policy's base" if model.policy is self.policy else "a model of its own in memory"
-            )
-            self.say(f"{model.__name__}: {shared}")
+        for m in models:
+            where = "an adapter on the policy's base" if m.policy is self.policy else "a model of its own in memory"
+            self.say(f"{m.__name__}: {where}")
         self.functions, self.names = resolve_all([*self.functions, *models])
 
     @property
