@@ -47,7 +47,7 @@ RESERVED = {
 SHARED_TRAINER_FILES = tuple(
     f"rlhf_fast.trainers.{name}"
     for name in ("trainer", "config", "build", "optimizers", "memory", "resume", "best", "callbacks")
-    + ("rl", "importance", "scores", "groups")
+    + ("rl", "scores", "groups")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 

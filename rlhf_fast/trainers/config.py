@@ -9,7 +9,6 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.attention import CHOICES
 
-from .importance import MODES as IMPORTANCE_MODES
 from .optimizers import OPTIMIZERS
 
 SCHEDULES = (
@@ -125,14 +124,6 @@ class RLConfig(TrainerConfig):
     reward_funcs: list[Any] = field(default_factory=list)  # built-in name, module:function, or {name: ..., ...}
     reward_weights: list[float] | None = None  # one per reward function; None weighs them all 1
     soft_overlong_cache: int = 0  # tokens before the limit on which a penalty grows to 1 (DAPO, eq. 13); 0: none
-    vllm_importance_sampling_correction: bool | None = (
-        None  # weigh by trainer over engine; none: if weights are not shared
-    )
-    vllm_importance_sampling_mode: str = (
-        "sequence_mask"  # token or sequence, _truncate or _mask (drop) beyond the bounds
-    )
-    vllm_importance_sampling_clip_min: float | None = None  # lower bound of those weights; none: 0
-    vllm_importance_sampling_clip_max: float | None = 3.0  # upper bound of those weights; none: no bound
     max_prompt_length: int | None = 512  # tokens; longer prompts are left out
     allow_truncation: bool = False  # go on when more than 1% of the prompts are left out
     max_completion_length: int = 512  # tokens sampled at most
@@ -143,13 +134,6 @@ class RLConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
-        low, high = self.vllm_importance_sampling_clip_min or 0.0, self.vllm_importance_sampling_clip_max
-        if low < 0 or (high is not None and high <= low):
-            raise UserError(
-                f"vllm_importance_sampling_clip_min is {low:g} and vllm_importance_sampling_clip_max {high}; "
-                "weights lie between them: 0 <= min < max"
-            )
         if not 0 <= self.soft_overlong_cache <= self.max_completion_length:
             raise UserError(
                 f"soft_overlong_cache is {self.soft_overlong_cache}; it is a part of the max_completion_length of "

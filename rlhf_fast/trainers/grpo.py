@@ -122,7 +122,7 @@ class GRPOTrainer(RLTrainer):
     def entries(self) -> list[str]:
         a = self.args
         # unless it is asked for, the policy does not move between sampling and its only step
-        old = a.num_iterations > 1 or bool(a.kl_coef) or self.corrects
+        old = a.num_iterations > 1 or bool(a.kl_coef)
         return ["advantages", *["old_logprobs"] * old, *["ref_logprobs"] * bool(a.beta or a.kl_coef)]
 
     @torch.no_grad()
@@ -138,8 +138,6 @@ class GRPOTrainer(RLTrainer):
             self.annotate(experiences, **passes)
         for experience, advantage in zip(experiences, self._advantages(experiences)):
             experience.advantages = torch.full((len(experience.example),), advantage, device=self.policy.device)
-        if self.corrects:
-            self.correct(experiences)
         return experiences
 
     def _sample(self, prompts: list[Prompt]) -> list[Experience]:

@@ -140,8 +140,6 @@ class PPOTrainer(RLTrainer):
             )
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
-        if self.corrects:
-            self.correct(experiences)
         return experiences
 
     def _estimate_advantages(self, experiences: list[Experience]) -> None:

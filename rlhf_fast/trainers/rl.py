@@ -18,7 +18,6 @@ from rlhf_fast.rollout import Engine, GenerateEngine, check_for_rl
 from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
-from .importance import weigh
 from .scores import kl_of
 from .trainer import Trainer
 
@@ -123,19 +122,6 @@ class RLTrainer(Trainer):
 
     def size(self, record: Experience) -> float:
         return sum(record.example.response_mask)
-
-    @property
-    def corrects(self) -> bool:
-        """Whether advantages are weighed for the difference between the engine's log-probabilities and the trainer's."""
-        asked = self.args.vllm_importance_sampling_correction
-        return "lora_swap" in self.engine.capabilities if asked is None else asked
-
-    def correct(self, experiences: list[Experience]) -> None:
-        """Weigh advantages by how much likelier a response is here than where it was sampled, and measure that."""
-        a = self.args
-        bounds = a.vllm_importance_sampling_clip_min or 0.0, a.vllm_importance_sampling_clip_max
-        figures, tokens = weigh(experiences, a.vllm_importance_sampling_mode, *bounds)
-        self.metrics.add(figures, tokens)
 
     @torch.no_grad()
     def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
