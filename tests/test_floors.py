@@ -45,7 +45,8 @@ RESERVED = {
 }
 # what every trainer is built on, and the one that continues another
 SHARED_TRAINER_FILES = tuple(
-    f"rlhf_fast.trainers.{name}" for name in ("trainer", "config", "build", "optimizers", "rl", "memory", "resume")
+    f"rlhf_fast.trainers.{name}"
+    for name in ("trainer", "config", "build", "optimizers", "rl", "memory", "resume", "reference")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 
