@@ -178,8 +178,9 @@ def test_orpo(ours, theirs):
     same(ours("DPO", rows, loss_type=["orpo"], **settings), want)
 
 
-def test_sft(ours, theirs):
-    settings = {"learning_rate": 0.05, "packing": False}
+@pytest.mark.parametrize("kind", ["nll", "dft"])
+def test_sft(kind, ours, theirs):
+    settings = {"learning_rate": 0.05, "packing": False, "loss_type": kind}
     same(ours("SFT", COMPLETIONS, **settings), theirs("SFT", COMPLETIONS, **settings))
 
 
