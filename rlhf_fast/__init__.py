@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     f"{algorithm}{kind}": f"rlhf_fast.trainers.{algorithm.lower()}"
-    for algorithm in ("SFT", "Reward", "DPO", "PPO", "GRPO")
+    for algorithm in ("SFT", "Reward", "DPO", "KTO", "PPO", "GRPO")
     for kind in ("Trainer", "Config")
 }
 
@@ -18,6 +18,8 @@ __all__ = [
     "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",

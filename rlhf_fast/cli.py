@@ -46,6 +46,7 @@ COMMANDS = {
         ("rlhf-fast ppo --model_name_or_path SFT_RUN --reward_model_path {run} --dataset_name PROMPTS",),
     ),
     "dpo": Command("train", "preferences straight into the policy, without a reward model", "trainers.dpo:DPO", _TRY),
+    "kto": Command("train", "responses labelled good or bad, no pairs, into the policy", "trainers.kto:KTO", _TRY),
     "ppo": Command("train", "reinforcement learning with a critic, against a reward model", "trainers.ppo:PPO", _TRY),
     "grpo": Command("train", "reinforcement learning with groups of responses, no critic", "trainers.grpo:GRPO", _TRY),
     "generate": Command("use", "responses of a model to prompts", "commands.generate:main"),

@@ -16,6 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """Nothing is kept from test to test, or in the user's cache folder."""
+    monkeypatch.setenv("RLHF_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory():
     """Fill what torch.empty and its relatives return with NaN, so that an output nobody wrote fails a comparison."""

@@ -51,7 +51,7 @@ RESERVED = {
 SHARED_TRAINER_FILES = tuple(
     f"rlhf_fast.trainers.{name}"
     for name in ("trainer", "config", "build", "engines", "optimizers", "memory", "resume", "best", "callbacks")
-    + ("rl", "importance", "scores", "groups")
+    + ("rl", "importance", "scores", "groups", "reference")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 

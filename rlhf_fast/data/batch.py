@@ -45,9 +45,31 @@ class Preference:
     responses: list[Example]  # K >= 2
     margin: float | None = None  # how much better the first is, for pairs only
     ref_logprobs: list[float] | None = None  # K summed log-probabilities under the reference, once computed
+    # where a pair's loss depends on the other pairs of its step: this pair's part of the loss, and the slopes in its K sums
+    coupling: list[float] | None = None  # 1 + K
+    head_weights: list[float] | None = None  # of this row in the loss of each head of an ensemble; None: all 1
 
     def __len__(self) -> int:
         return sum(map(len, self.responses))
+
+    @property
+    def weight(self) -> float:
+        """Weight of the row in the loss."""
+        return self.responses[0].weight
+
+
+@dataclass
+class Labelled:
+    """One response that was found good or bad, and another prompt's response to the same prompt."""
+
+    example: Example
+    label: bool  # desirable
+    mismatched: Example  # the same prompt with a response to another: what the KL to the reference is estimated on
+    ref_logprobs: list[float] | None = None  # summed under the reference, of both, once computed
+    kl: float = 0.0  # estimate of KL(policy || reference) for the step, nats per response
+
+    def __len__(self) -> int:
+        return len(self.example)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from rlhf_fast.data.batch import Example, Preference, Prompt
+from rlhf_fast.data.batch import Example, Labelled, Preference, Prompt
 from rlhf_fast.data.formats import NormalisedRecords, normalise
 from rlhf_fast.data.sources import BadRow
 from rlhf_fast.data.templates import Encoder, token_audit, truncate
 from rlhf_fast.errors import UserError
 
-Item = TypeVar("Item", Example, Preference, Prompt)
+Item = TypeVar("Item", Example, Preference, Labelled, Prompt)
 
 # what reward functions receive under these names comes from the rollout
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
@@ -120,6 +120,49 @@ def prepare_preferences(
         return Preference(responses, row.get("margin"))
 
     return work.run(encode)
+
+
+def prepare_labelled(
+    records: Any, tokenizer: Any, *, max_length: int | None = 1024, allow_truncation: bool = False, **options: Any
+) -> tuple[list[Labelled], Report]:
+    """Tokenize single responses with a label, only the response trained, each beside a mismatched one: the response of the
+    nearest row before it that answers another prompt (the last row is before the first).
+
+    Arguments and errors are those of :func:`prepare_sft`.
+    """
+    work = _Preparation(records, "labelled", tokenizer, max_length, allow_truncation, "max_length", **options)
+
+    def encode(row: dict) -> Labelled:
+        (example,) = work.fit([work.encoder.prompt_completion(row["prompt"], row["completion"])], row)
+        return Labelled(example, row["label"], mismatched=example)
+
+    rows, report = work.run(encode)
+    parts = [_split(r.example) for r in rows]
+    others = _nearest_other([prompt for prompt, _ in parts])
+    for row, (prompt, _), other in zip(rows, parts, others):
+        ids = [*prompt, *parts[other][1]][: report.max_length]
+        row.mismatched = Example(ids, [i >= len(prompt) for i in range(len(ids))])
+    return rows, report
+
+
+def _split(example: Example) -> tuple[list[int], list[int]]:
+    """Prompt and response of an example with one of each."""
+    start = example.response_mask.index(True)
+    return example.input_ids[:start], example.input_ids[start:]
+
+
+def _nearest_other(prompts: list[list[int]]) -> list[int]:
+    """For each row the nearest one before it, round the end, with another prompt; just the one before where there is none.
+
+    Files of labelled responses often hold several to one prompt in a row, and those are no mismatch.
+    """
+    other = next((i for i in range(-1, -len(prompts), -1) if prompts[i] != prompts[0]), -1) % len(prompts)
+    others = []
+    for i, prompt in enumerate(prompts):
+        if prompt != prompts[i - 1] or prompts[other] == prompt:
+            other = (i - 1) % len(prompts)
+        others.append(other)
+    return others
 
 
 def prepare_prompts(

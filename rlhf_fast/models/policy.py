@@ -115,9 +115,9 @@ class Policy(nn.Module):
         if not self.adapters.names or self.continued:
             self.add_role("reference", trainable=False)
 
-    def add_head(self, role: str) -> None:
-        """A fresh scalar head for ``role``."""
-        self.heads[role] = ScalarHead(self.hidden_size).to(self.device)
+    def add_head(self, role: str, count: int = 1) -> None:
+        """A fresh scalar head for ``role``, or an ensemble of ``count``."""
+        self.heads[role] = ScalarHead(self.hidden_size, count=count).to(self.device)
 
     def model_for(self, role: str) -> PreTrainedModel:
         """The model in ``role``, its adapter switched on. Refused while another adapter's graph is alive.
@@ -163,8 +163,14 @@ class Policy(nn.Module):
     # ---- passes
 
     def forward(self, batch: TokenBatch, output: str = "logprobs", **options) -> Any:
-        """``logprobs`` unless ``output`` says "values" or "scores". One door, so that a DDP wrapper sees every pass."""
-        return {"logprobs": self.logprobs, "values": self.values, "scores": self.scores}[output](batch, **options)
+        """``logprobs`` unless ``output`` names another pass. One door, so that a DDP wrapper sees every pass."""
+        passes = {
+            "logprobs": self.logprobs,
+            "values": self.values,
+            "scores": self.scores,
+            "head_scores": self.head_scores,
+        }
+        return passes[output](batch, **options)
 
     def hidden(self, batch: TokenBatch, role: str) -> Tensor:
         """Last hidden states of the packed batch, (N, D)."""
@@ -217,9 +223,15 @@ class Policy(nn.Module):
         return self._spread(self.heads[role](hidden[batch.predictor_rows]), batch)
 
     def scores(self, batch: TokenBatch, *, role: str = "reward") -> Tensor:
-        """The reward model's score of every sequence, read at its last token. (B,) float32."""
-        hidden = self.hidden(batch, role)
-        return self.heads[role](hidden[batch.cu_seqlens[1:].long() - 1])
+        """The reward model's score of every sequence, read at its last token; the mean of an ensemble's. (B,) float32."""
+        return self.heads[role](self._last_hidden(batch, role))
+
+    def head_scores(self, batch: TokenBatch, *, role: str = "reward") -> Tensor:
+        """What each of the K heads of a reward model's ensemble says of every sequence. (B, K) float32."""
+        return self.heads[role].each(self._last_hidden(batch, role))
+
+    def _last_hidden(self, batch: TokenBatch, role: str) -> Tensor:
+        return self.hidden(batch, role)[batch.cu_seqlens[1:].long() - 1]
 
     def _precision(self) -> contextlib.AbstractContextManager:
         """Compute in ``compute_dtype``: all passes alike, so that training sees the probabilities that were sampled."""
@@ -372,9 +384,9 @@ def _greedy_hits(hidden, weight, labels, *, bias, low_rank, chunk_size: int = 25
 
 def load_heads(policy: Policy, folder: Path, role: str) -> None:
     """Put the scalar head saved in ``folder`` in place as ``role``'s."""
-    saved = load_file(folder / HEADS_FILE)
-    policy.add_head(role)
-    policy.heads[role].load_state_dict({k.split(".", 1)[1]: v for k, v in saved.items()})
+    saved = {key.split(".", 1)[1]: value for key, value in load_file(folder / HEADS_FILE).items()}
+    policy.add_head(role, count=saved["bias"].numel())
+    policy.heads[role].load_state_dict(saved)
 
 
 def saved_role(folder: Path) -> str:

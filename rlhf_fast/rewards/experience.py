@@ -16,6 +16,7 @@ from rlhf_fast.models import Policy
 from rlhf_fast.rollout import Engine, Request, Sample, completions_for, decode
 
 from . import check_columns, score
+from .model import RewardModel
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ class ScoredRollouts:
                 metrics[f"rewards/{name}/mean"] = float(scored.mean())
                 metrics[f"rewards/{name}/std"] = float(scored.std()) if len(scored) > 1 else 0.0
             metrics[f"rewards/{name}/faults"] = float(table.faults.get(name, 0))
+            if isinstance(model := self.functions[i], RewardModel) and model.num_heads > 1 and model.stds:
+                metrics[f"rewards/{name}/disagreement"] = sum(model.stds) / len(model.stds)
         return table.total(self.weights), metrics
 
 

@@ -25,18 +25,33 @@ class RewardModel:
         path: a folder of a reward model, or a Policy that has the role.
         role: the role that scores.
         max_tokens: most tokens in one pass.
+        disagreement_penalty: an ensemble's score is the mean over its heads less so many times their standard deviation:
+            responses unlike the training data, on which heads part, earn less (Coste et al. 2023, arXiv:2310.02743).
     Raises:
-        UserError: the model has no scalar head for the role.
+        UserError: the model has no scalar head for the role, or a penalty on disagreement and only one head.
     """
 
-    def __init__(self, path: Any, *, role: str = "reward", max_tokens: int = 16384) -> None:
+    def __init__(
+        self, path: Any, *, role: str = "reward", max_tokens: int = 16384, disagreement_penalty: float = 0.0
+    ) -> None:
         self.policy = load(path)
-        self.role, self.max_tokens = role, max_tokens
+        self.role, self.max_tokens, self.disagreement_penalty = role, max_tokens, disagreement_penalty
+        self.stds: list[float] = []  # of the last call's completions: standard deviation over an ensemble's heads
         self.__name__ = Path(path).resolve().name if isinstance(path, (str, Path)) else role
         if role not in self.policy.heads:
             raise UserError(
                 f"{self.__name__}: not a reward model (it has no '{role}' head). Train one with `rlhf-fast reward`."
             )
+
+        if disagreement_penalty and self.num_heads == 1:
+            raise UserError(
+                f"{self.__name__}: disagreement_penalty needs a reward model of several heads; train one with num_heads"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the ensemble; 1 is a plain reward model."""
+        return self.policy.heads[self.role].count
 
     def __call__(
         self,
@@ -48,17 +63,19 @@ class RewardModel:
     ) -> list[float]:
         """Scores of B completions. ``prompt_ids`` are the prompts as they were generated from."""
         examples = self._examples(prompts, completions, completion_ids, prompt_ids)
-        scores = torch.empty(len(examples))
+        scores = torch.empty(len(examples), self.num_heads)
         training = self.policy.training
         self.policy.eval()
         try:
             with torch.no_grad():
                 for rows in self._batches(examples):
                     batch = TokenBatch.pack([examples[i] for i in rows], self.policy.device)
-                    scores[rows] = self.policy.scores(batch, role=self.role).float().cpu()
+                    scores[rows] = self.policy.head_scores(batch, role=self.role).cpu()
         finally:
             self.policy.train(training)
-        return scores.tolist()
+        stds = scores.std(1, correction=0)
+        self.stds = stds.tolist()
+        return (scores.mean(1) - self.disagreement_penalty * stds).tolist()
 
     def _examples(
         self,

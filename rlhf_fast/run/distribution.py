@@ -20,10 +20,14 @@ class Ranks:
     def __len__(self) -> int:
         return self.accelerator.num_processes
 
+    @property
+    def index(self) -> int:
+        """Which of them this process is, from 0."""
+        return self.accelerator.process_index
+
     def bounds(self, count: int) -> tuple[int, int]:
         """Where this rank's contiguous part of ``count`` rows begins and ends."""
-        rank = self.accelerator.process_index
-        return round(count * rank / len(self)), round(count * (rank + 1) / len(self))
+        return round(count * self.index / len(self)), round(count * (self.index + 1) / len(self))
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
         """This rank's part of ``rows``."""

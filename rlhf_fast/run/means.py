@@ -16,8 +16,11 @@ class Means:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = defaultdict(float)
 
-    def add(self, values: dict[str, Tensor | float], weight: float) -> None:
+    def add(self, values: dict[str, Tensor | float | tuple[Tensor, float]], weight: float) -> None:
+        """Take in ``values``, each with ``weight``, or as a pair with a weight of its own."""
+        common = weight
         for name, value in values.items():
+            value, weight = value if isinstance(value, tuple) else (value, common)
             value = torch.as_tensor(value, dtype=torch.float32).detach()
             if name.endswith("max"):
                 self._sums[name] = torch.maximum(self._sums[name], value) if name in self._sums else value

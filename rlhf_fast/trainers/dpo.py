@@ -1,54 +1,64 @@
-"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and its relatives."""
+"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and its relatives, with and without a reference."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from rlhf_fast.data.batch import Example, Preference, TokenBatch
+from rlhf_fast.data.batch import Example, Preference
 from rlhf_fast.data.prepare import prepare_preferences
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import dpo_loss, sequence_logprobs
-from rlhf_fast.kernels.preference import KINDS
+from rlhf_fast.kernels import sequence_logprobs
+from rlhf_fast.losses.preference import PAIRED, Coefficients, Pairs, Row, check
 
 from .config import TrainerConfig, one_of
+from .reference import precomputed, response_logprobs
 from .trainer import Trainer, Window
-
-AVERAGED = {"ipo"}  # losses on log-probabilities per token, not per response
 
 
 @dataclass(kw_only=True)
 class DPOConfig(TrainerConfig):
     output_dir: str = "runs/dpo"  # the run folder: model, checkpoints, metrics, plots
     max_length: int = 1024  # tokens of prompt and response; longer rows are cut, and how many is reported
-    beta: float = 0.1  # how dearly leaving the reference is paid
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # ipo, hinge, robust, ...; several are summed
+    beta: float = 0.1  # how dearly leaving the reference is paid; without one the scale of the margin: simpo wants 2
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # of losses/preference.py; several are summed
     loss_weights: list[float] | None = None  # one per loss_type; None weighs them all 1
     label_smoothing: float = 0.0  # assumed share of swapped labels
-    precompute_ref_log_probs: bool = False  # one reference pass over the data before training instead of one per step
+    f_divergence_type: str = "reverse_kl"  # to the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence
+    f_alpha_divergence_coef: float = 0.5  # alpha of alpha_divergence; 1 is the reverse KL
+    discopop_tau: float = 0.05  # discopop: temperature of its switch between two losses
+    simpo_gamma: float = 0.5  # simpo: margin by which chosen should win, in units of beta * log-probability per token
+    cpo_alpha: float = 1.0  # cpo: weight of the chosen response's likelihood
+    precompute_ref_log_probs: bool = False  # one reference pass over the data, kept on disk, instead of one per step
     allow_truncation: bool = False  # go on when more than 1% of the rows are cut
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        if not self.loss_type:
+            raise UserError(f"loss_type is empty; name at least one of {', '.join(PAIRED)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise UserError(
                 f"loss_weights has {len(self.loss_weights)} entries for {len(self.loss_type)} loss_type; give one each"
             )
-        if len({kind in AVERAGED for kind in self.loss_type}) != 1:
-            raise UserError(
-                f"loss_type is {self.loss_type}; name at least one, and ipo only alone: it averages over tokens"
-            )
-        nothing = torch.zeros(1)
         for kind in self.loss_type:
-            one_of("loss_type", kind, KINDS)
-            try:
-                dpo_loss(*[nothing] * 4, beta=self.beta, kind=kind, label_smoothing=self.label_smoothing)
-            except ValueError as error:
-                raise UserError(f"loss_type {kind}: {error}") from error
+            one_of("loss_type", kind, PAIRED)
+        try:
+            check(self.loss_type, self.coefficients)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if self.precompute_ref_log_probs and not any(PAIRED[kind].reference for kind in self.loss_type):
+            raise UserError(f"precompute_ref_log_probs: loss_type {', '.join(self.loss_type)} needs no reference")
+
+    @property
+    def coefficients(self) -> Coefficients:
+        return Coefficients(*(getattr(self, name) for name in Coefficients._fields))
 
 
 class DPOTrainer(Trainer):
@@ -59,66 +69,120 @@ class DPOTrainer(Trainer):
     headline = ("loss", "rewards/accuracies", "rewards/margins")
     learning_rates = (1e-6, 5e-6)
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # sum and count of the implicit rewards of all finished steps, and of this one
+        self.rewards = self.step_rewards = torch.zeros(2, dtype=torch.float64)
+
+    @functools.cached_property
+    def terms(self) -> list[tuple[Row, float]]:
+        """The losses that are summed, each with its weight."""
+        a = self.args
+        return list(zip((PAIRED[kind] for kind in a.loss_type), a.loss_weights or [1.0] * len(a.loss_type)))
+
+    def any_is(self, what: str) -> bool:
+        """Whether any of the losses is ``what``: reference, coupled, centred."""
+        return any(getattr(row, what) for row, _ in self.terms)
+
     def add_roles(self) -> None:
-        self.policy.add_reference()
-        self.say(f"reference: {self.policy.reference}")
+        if self.any_is("reference"):
+            self.policy.add_reference()
+        self.say(f"reference: {self.policy.reference if self.any_is('reference') else 'none, the loss needs none'}")
 
     def prepare_data(self, records) -> list[Preference]:
         a = self.args
-        preferences, report = prepare_preferences(
+        pairs, report = prepare_preferences(
             records, self.tokenizer, max_length=a.max_length, allow_truncation=a.allow_truncation, **self.tokenizing
         )
         self.say(report)
-        for row, preference in enumerate(preferences):
-            if len(preference.responses) != 2:
-                raise UserError(
-                    f"row {row}: DPO needs a chosen and a rejected response, got {len(preference.responses)}"
-                )
-        return self._with_reference(preferences) if a.precompute_ref_log_probs else preferences
+        for row, pair in enumerate(pairs):
+            if len(pair.responses) != 2:
+                raise UserError(f"row {row}: DPO needs a chosen and a rejected response, got {len(pair.responses)}")
+            if pair.weight != 1.0 and self.any_is("coupled"):
+                raise UserError(f"row {row}: weight is {pair.weight}, but loss_type aot sorts pairs and has no weights")
+        if not a.precompute_ref_log_probs:
+            return pairs
+        return [replace(p, ref_logprobs=sums) for p, sums in zip(pairs, precomputed(self, pairs))]
 
     def size(self, record: Preference) -> float:
         return sum(sum(e.response_mask) for e in record.responses)
+
+    def counts(self, records: list[Preference]) -> tuple[float, ...]:
+        chosen = sum(r.weight * sum(r.responses[0].response_mask) for r in records)
+        return sum(r.weight for r in records), sum(map(self.size, records)), chosen
 
     def examples(self, record: Preference) -> list[Example]:
         return record.responses
 
     def collect(self, records: list[Preference]) -> list[Preference]:
-        """With the reference's log-probabilities. In the micro-batches that are trained: before the first step both
-        models then agree to the last bit."""
-        return records if self.args.precompute_ref_log_probs else self._with_reference(records)
+        """With what is fixed for a step. Copies: kept beside the data it would be of another epoch's micro-batches."""
+        self.step_rewards = torch.zeros_like(self.rewards)
+        if self.any_is("reference") and not self.args.precompute_ref_log_probs:
+            sums = response_logprobs(self, records)
+            records = [replace(r, ref_logprobs=s) for r, s in zip(records, sums)]
+        return self._couple(records) if self.any_is("coupled") else records
 
-    @torch.no_grad()
-    def _with_reference(self, records: list[Preference]) -> list[Preference]:
-        filled = list(records)
-        for part in self.split(records):
-            batch = self.pack([e for i in part for e in records[i].responses])
-            sums = self._sequence_logprobs(batch, self.policy.logprobs(batch, role="reference"))
-            # copies: kept beside the data, they would be of the first epoch's micro-batches, and lost in a checkpoint
-            for i, pair in zip(part, sums.view(-1, 2).tolist()):
-                filled[i] = replace(records[i], ref_logprobs=pair)
-        return filled
+    def _couple(self, records: list[Preference]) -> list[Preference]:
+        """Losses of pairs that are sorted among all of the step's: each pair's part, and its slopes in the two sums.
+
+        One more pass without a gradient over the step, so that no split into micro-batches or ranks changes the loss.
+        """
+        policy = response_logprobs(self, records, role=self.policy.role)
+        table = torch.tensor(gather_object([[*sums, *r.ref_logprobs] for sums, r in zip(policy, records)]))
+        sums = table[:, :2].requires_grad_()
+        ones = torch.ones(len(table))
+        with torch.enable_grad():  # in an evaluation too
+            pairs = Pairs(*sums.unbind(1), *table[:, 2:].unbind(1), ones, ones, nll=ones)
+            total = sum(w * row.formula(pairs, self.args.coefficients).sum() for row, w in self.terms if row.coupled)
+            (slopes,) = torch.autograd.grad(total, sums)
+        part, first = float(total.detach()) / len(table), sum(gather_object([len(records)])[: self.ranks.index])
+        return [replace(r, coupling=[part, *s]) for r, s in zip(records, slopes[first:].tolist())]
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
-        a = self.args
         batch = self.pack([e for r in records for e in r.responses])
-        chosen, rejected = self._sequence_logprobs(batch, self.model(batch)).view(-1, 2).unbind(1)
-        ref_chosen, ref_rejected = torch.tensor([r.ref_logprobs for r in records], device=chosen.device).unbind(1)
-        total = 0.0
-        for kind, weight in zip(a.loss_type, a.loss_weights or [1.0] * len(a.loss_type)):
-            losses, chosen_rewards, rejected_rewards = dpo_loss(
-                chosen, rejected, ref_chosen, ref_rejected, beta=a.beta, kind=kind, label_smoothing=a.label_smoothing
-            )
-            total = total + weight * losses.sum()
-        metrics = {
-            "rewards/chosen": chosen_rewards.mean(),
-            "rewards/rejected": rejected_rewards.mean(),
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
-            "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
-            "logps/chosen": chosen.detach().mean(),
-            "logps/rejected": rejected.detach().mean(),
-        }
-        yield total / window.records, metrics, len(records)
+        sums = sequence_logprobs(self.model(batch), batch.response_mask, cu_seqlens=batch.cu_seqlens).view(-1, 2)
+        pairs, weights = self._pairs(sums, records, window), sums.new_tensor([r.weight for r in records])
+        total = sums.new_zeros(())
+        for row, weight in self.terms:
+            if not row.coupled:
+                total = total + weight * (weights * row.formula(pairs, self.args.coefficients)).sum()
+        if records[0].coupling is not None:
+            coupling = sums.new_tensor([r.coupling for r in records])
+            total = total + coupling[:, 0].sum() + (coupling[:, 1:] * (sums - sums.detach())).sum()
+        yield total / window.records, self._figures(pairs), len(records)
 
-    def _sequence_logprobs(self, batch: TokenBatch, logprobs: Tensor) -> Tensor:
-        average = self.args.loss_type[0] in AVERAGED
-        return sequence_logprobs(logprobs, batch.response_mask, average=average, cu_seqlens=batch.cu_seqlens)
+    def _pairs(self, sums: Tensor, records: list[Preference], window: Window) -> Pairs:
+        reference: list[Any] = [None, None]
+        if self.any_is("reference"):
+            reference = sums.new_tensor([r.ref_logprobs for r in records]).unbind(1)
+        tokens = sums.new_tensor([[sum(e.response_mask) for e in r.responses] for r in records]).unbind(1)
+        nll = -sums[:, 0] * window.records / window.chosen_tokens
+        shift = float(self.rewards[0] / self.rewards[1].clamp(min=1))
+        return Pairs(*sums.unbind(1), *reference, *tokens, nll=nll, shift=shift)
+
+    def _figures(self, pairs: Pairs) -> dict[str, Tensor]:
+        pairs = Pairs(*(x.detach() if isinstance(x, Tensor) else x for x in pairs))
+        chosen, rejected = (
+            self.args.beta * x for x in ((pairs.w, pairs.l) if self.any_is("reference") else pairs.per_token())
+        )
+        if torch.is_grad_enabled() and self.any_is("centred"):
+            seen = torch.stack([(chosen + rejected).double().sum().cpu(), torch.tensor(2.0 * len(chosen))])
+            self.step_rewards = self.step_rewards + seen
+        return {
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "logps/chosen": pairs.chosen.mean(),
+            "logps/rejected": pairs.rejected.mean(),
+        }
+
+    def after_step(self) -> None:
+        if self.any_is("centred"):
+            self.rewards = self.rewards + torch.tensor(self.ranks.sum(*self.step_rewards.tolist()), dtype=torch.float64)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"rewards": self.rewards}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.rewards = state["rewards"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Example
+from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.data.packing import pack_bins
 from rlhf_fast.data.prepare import prepare_sft
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.noise import embedding_noise
 
-from .config import TrainerConfig
+from .config import TrainerConfig, one_of
 from .trainer import Trainer, Window
 
 
@@ -23,7 +26,15 @@ class SFTConfig(TrainerConfig):
     packing: bool = True  # fill rows of max_length tokens with whole examples; attention never crosses them
     completion_only_loss: bool = True  # train on completions, not on prompts
     assistant_only_loss: bool = True  # in conversations, train on the assistant's turns only
+    loss_type: str = "nll"  # nll; dft weighs each token by its own probability, so that unlikely ones teach less
+    neftune_noise_alpha: float | None = None  # noise on the embeddings in training; its authors use 5 to 15
     allow_truncation: bool = False  # go on when more than 1% of the rows are cut
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("loss_type", self.loss_type, ("nll", "dft"))
+        if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
+            raise UserError(f"neftune_noise_alpha is {self.neftune_noise_alpha}; it must be above 0, or unset")
 
 
 class SFTTrainer(Trainer):
@@ -60,10 +71,19 @@ class SFTTrainer(Trainer):
     def losses(self, records: list[list[Example]], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         batch = self.pack([e for row in records for e in row])
         logging = self.logs_this_step or not torch.is_grad_enabled()
-        logprobs, entropy, *hits = self.model(batch, entropy="detached", greedy_hits=logging)
+        with self._noise(batch):
+            logprobs, entropy, *hits = self.model(batch, entropy="detached", greedy_hits=logging)
+        if self.args.loss_type == "dft":  # arXiv:2508.05629, eq. 9
+            logprobs = logprobs * logprobs.detach().exp()
         weighted = logprobs if batch.weights is None else logprobs * batch.weights
         tokens = batch.num_response_tokens  # never 0: rows without one are dropped
         metrics = {"entropy": entropy.sum() / tokens}
         if logging:  # costs one more product with the head
             metrics["mean_token_accuracy"] = hits[0] / tokens
         yield -weighted.sum() / window.tokens, metrics, tokens
+
+    def _noise(self, batch: TokenBatch) -> contextlib.AbstractContextManager:
+        alpha = self.args.neftune_noise_alpha
+        if alpha is None or not self.policy.training:
+            return contextlib.nullcontext()
+        return embedding_noise(self.policy.model.get_input_embeddings(), batch, alpha)

@@ -55,6 +55,7 @@ class Window:
 
     records: float
     tokens: float
+    chosen_tokens: float = 1.0  # of preferred responses
 
 
 class Trainer:
@@ -226,8 +227,8 @@ class Trainer:
         window = self._window(mine)  # all of the data is one: the mean loss does not depend on the batch size
         total = torch.zeros((), device=self.accelerator.device)
         with torch.no_grad(), self._eval_mode():
-            for part in self.micro_batches(mine):
-                for loss, metrics, weight in self.losses(self.collect(part), window):
+            for part in self.micro_batches(self.collect(mine)):
+                for loss, metrics, weight in self.losses(part, window):
                     total += loss
                     means.add(metrics, weight)
         means.add({"loss": self.accelerator.reduce(total, "sum")}, 1.0)
@@ -459,13 +460,16 @@ class Trainer:
         self.metrics.add({"loss": losses, "grad_norm": norm}, 1.0)
         self._loss = 0.0
 
+    def counts(self, records: list[Any]) -> tuple[float, ...]:
+        """What losses are divided by, in the order of :class:`Window`."""
+        return len(records), sum(map(self.size, records))
+
     def own_window(self, records: list[Any]) -> Window:
         """The window of ``records`` alone, whatever other ranks have."""
-        return Window(len(records), sum(map(self.size, records)) or 1.0)
+        return Window(*(count or 1.0 for count in self.counts(records)))
 
     def _window(self, records: list[Any]) -> Window:
-        count, tokens = self.ranks.sum(len(records), sum(map(self.size, records)))
-        return Window(count, tokens or 1.0)
+        return Window(*(count or 1.0 for count in self.ranks.sum(*self.counts(records))))
 
     @property
     def _evaluation_due(self) -> bool:

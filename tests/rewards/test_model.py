@@ -58,3 +58,18 @@ def test_a_model_without_a_head_is_refused(make_policy, tmp_path):
     make_policy("policy").save(tmp_path / "sft")
     with pytest.raises(UserError, match="sft: not a reward model"):
         RewardModel(str(tmp_path / "sft"))
+
+
+def test_an_ensembles_disagreement_is_known_and_can_cost(make_policy, tokenizer):
+    """Heads that say 1, 2 and 6 of everything: mean 3, standard deviation sqrt(14/3); half of it taken off."""
+    policy = make_policy("policy")
+    policy.add_head("reward", count=3)
+    policy.heads["reward"].weight.data.zero_()
+    policy.heads["reward"].bias.data = torch.tensor([1.0, 2.0, 6.0])
+    model = RewardModel(policy)
+    assert model(PROMPTS, TEXTS, ids_of(tokenizer, TEXTS)) == pytest.approx([3.0] * 3)
+    assert model.stds == pytest.approx([(14 / 3) ** 0.5] * 3)
+    wary = RewardModel(policy, disagreement_penalty=0.5)
+    assert wary(PROMPTS, TEXTS, ids_of(tokenizer, TEXTS)) == pytest.approx([3 - 0.5 * (14 / 3) ** 0.5] * 3)
+    with pytest.raises(UserError, match="disagreement_penalty needs a reward model of several heads"):
+        RewardModel(make_policy("reward"), disagreement_penalty=0.5)

@@ -16,6 +16,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 RUNNER = Path(__file__).with_name("processes.py")
 WORDS = ["a", "hello", "to be", "x+y=z", "no", "seventeen", "q", "well, well", "ok", "end.", "i"]
 EXAMPLES = [{"prompt": f"{i} ", "completion": w} for i, w in enumerate(WORDS)]
+PAIRS = [{"prompt": e["prompt"], "chosen": e["completion"], "rejected": "no " + e["prompt"]} for e in EXAMPLES]
+LABELLED = [{**e, "label": i % 3 > 0} for i, e in enumerate(EXAMPLES)]
 PROMPTS = [{"prompt": f"{i} "} for i in range(3)]
 
 
@@ -27,6 +29,13 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
     grpo |= {"per_device_train_batch_size": 8 // processes, "gradient_checkpointing": False, "max_steps": 4}
     ppo = {"num_ppo_epochs": 2, "kl_target": 1.0, "kl_horizon": 10, "max_completion_length": 5}
     ppo |= {"per_device_train_batch_size": 8 // processes}
+    pairs = {"per_device_train_batch_size": 8 // processes // 2, "gradient_accumulation_steps": 2}
+    sorted_pairs = {
+        **pairs,
+        "loss_type": ["aot", "bco", "sft"],
+        "precompute_ref_log_probs": True,
+        "num_train_epochs": 2,
+    }
     table = {
         "sft full": ("sft", EXAMPLES, sft),
         "sft lora": ("sft", EXAMPLES, {**sft, "use_peft": True}),
@@ -39,6 +48,9 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
             {**grpo, "scale_rewards": "whiten", "dynamic_sampling_rounds": 2, "kl_coef": 0.1},
         ),
         "grpo batch": ("grpo", PROMPTS, {**grpo, "scale_rewards": "batch", "loss_type": "grpo"}),
+        "dpo full": ("dpo", PAIRS, sorted_pairs),
+        "kto lora": ("kto", LABELLED, {**pairs, "use_peft": True, "num_train_epochs": 2, "learning_rate": 1e-2}),
+        "reward full": ("reward", PAIRS, {**pairs, "num_heads": 3}),
         # 9 rows: a last window with fewer rows than processes
         "sft one row": ("sft", EXAMPLES[:9], sft),
         "ppo full": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "normalize_rewards": True}),
@@ -102,7 +114,8 @@ def _save_model(folder, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-SAME = ["sft full", "sft lora", "grpo full", "grpo lora", "grpo whitened", "grpo batch", "ppo full", "ppo lora"]
+SAME = ["sft full", "sft lora", "dpo full", "kto lora", "reward full"]
+SAME += ["grpo full", "grpo lora", "grpo whitened", "grpo batch", "ppo full", "ppo lora"]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -119,6 +132,10 @@ def test_two_processes_make_the_steps_of_one(name, results):
         "eval_loss",
         "objective/scores",
         "objective/kl",
+        "rewards/chosen",
+        "rewards/rejected",
+        "disagreement",
+        "eval_ece",
     )
     assert len(one["steps"]) == len(two["steps"])
     for alone, shared in zip(one["steps"], two["steps"]):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_fast import RewardConfig, RewardTrainer
 from rlhf_fast.data.batch import Example, TokenBatch
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
 
@@ -28,9 +31,9 @@ BEST_FIRST = [("1+1=", ["2", "two", "3"]), ("name ", ["c", "b"]), ("x", ["y", "z
 
 @pytest.fixture
 def trainer(tokenizer, settings):
-    def make(model, rows, peft=None, **more):
-        args = RewardConfig(**settings(**more))
-        return RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft)
+    def make(model, rows, peft=None, eval_rows=None, **more):
+        args, data = RewardConfig(**settings(**more)), {"train_dataset": rows, "eval_dataset": eval_rows}
+        return RewardTrainer(model, args, processing_class=tokenizer, peft_config=peft, **data)
 
     return make
 
@@ -139,3 +142,91 @@ def test_centring_keeps_scores_around_zero(trainer, make_model, shaken, run):
         )
         left.append(abs(run(made).steps[-1]["mean_reward"]))
     assert left[1] < 0.1 * left[0]
+
+
+def test_rows_count_by_their_weight(trainer, make_model, run):
+    """Weight 2 is the row twice, weight 0 is no row."""
+    weights = [2.0, 0.0, 1.0]
+    weighted = [{**row, "weight": w} for row, w in zip(PAIRS, weights)]
+    repeated = [row for row, w in zip(PAIRS, weights) for _ in range(int(w))]
+    runs = [run(trainer(make_model(), rows, num_train_epochs=2)).losses for rows in (weighted, repeated)]
+    torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), atol=1e-5, rtol=0)
+
+
+def test_an_ensembles_loss_is_the_mean_of_its_heads_each_with_row_weights_of_its_own(trainer, model, run):
+    """Three heads; the score is their mean, disagreement their standard deviation, by plain arithmetic on head_scores."""
+    made = trainer(model, PAIRS, num_heads=3, center_rewards_coefficient=0.3)
+    torch.nn.init.normal_(made.policy.heads["reward"].weight, std=0.5)
+    weights = torch.tensor([r.head_weights for r in made.train_records])
+    assert weights.mean(0).tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+    assert weights.std() > 0.2
+    with torch.no_grad():
+        each = made.policy.head_scores(made.pack([e for r in made.train_records for e in r.responses])).view(3, 2, 3)
+    want = 0.0
+    for row, pair, of_heads in zip(PAIRS, each.tolist(), weights.tolist()):
+        for w, l, weight in zip(*pair, of_heads):
+            want += weight * (-log_sigmoid(w - l - row["margin"]) + 0.3 * (w + l) ** 2) / 9
+    step = run(made).steps[0]
+    assert step["loss"] == pytest.approx(want, abs=1e-5)
+    assert step["margin"] == pytest.approx(float((each[:, 0] - each[:, 1]).mean()), abs=1e-5)
+    assert step["disagreement"] == pytest.approx(float(each.std(-1, correction=0).mean()), abs=1e-5)
+
+
+def test_an_ensemble_is_saved_with_all_its_heads(trainer, make_model, tokenizer, run, tmp_path, ids):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    made = trainer(str(tmp_path / "base"), PAIRS, lora_config(r=4, alpha=8), num_heads=3, learning_rate=1e-2)
+    run(made)
+    probe = TokenBatch.pack([Example(ids("12+3"), [False] + [True] * 3), Example(ids("ab"), [False, True])])
+    again = load(made.args.output_dir)
+    with torch.no_grad():
+        want = made.policy.eval().head_scores(probe)
+        assert torch.equal(again.head_scores(probe), want)
+        torch.testing.assert_close(again.scores(probe), want.mean(1))
+    assert want.std(1).min() > 1e-4
+    with pytest.raises(UserError, match="num_heads is 2, but the reward model to go on with has 3"):
+        trainer(made.args.output_dir, PAIRS, num_heads=2)
+
+
+def test_heads_agree_on_the_pairs_they_learned_and_part_on_letters_they_never_saw(trainer, model, run, ids):
+    """Each head's difference of scores within a pair, in standard deviations over the heads."""
+    made = trainer(model, PAIRS, num_heads=8, num_train_epochs=40, learning_rate=1e-2)
+    run(made)
+    seen = [e for r in made.train_records for e in r.responses]
+    strange = [
+        Example(ids(text), [False] + [True] * (len(text) - 1))
+        for text in ("#$#$", "qqqq", "7839", "k.k.", "ffgg", "ggff")
+    ]
+    with torch.no_grad():
+        seen, strange = (made.policy.eval().head_scores(made.pack(x)).view(3, 2, 8) for x in (seen, strange))
+    sure, unsure = ((x[:, 0] - x[:, 1]).mean(1).abs() / (x[:, 0] - x[:, 1]).std(1) for x in (seen, strange))
+    assert (seen[:, 0] > seen[:, 1]).all()
+    assert sure.mean() > 2 * unsure.mean()
+
+
+@pytest.mark.parametrize("rows", [PAIRS, RANKINGS], ids=["pairs", "rankings"])
+def test_an_evaluation_reports_tau_and_calibration_of_every_pair(rows, trainer, model, score, shaken, capsys):
+    """Kendall's tau per row and its mean; sigmoid of each difference of scores beside who won, in a file and a line."""
+    made = shaken(trainer(model, rows, eval_rows=rows, per_device_train_batch_size=2))
+    made.args.quiet = False
+    table = BEST_FIRST if rows is RANKINGS else [(r["prompt"], [r["chosen"], r["rejected"]]) for r in PAIRS]
+    taus, differences = [], []
+    for prompt, responses in table:
+        s = [score(made, prompt, r) for r in responses]
+        of_row = [s[i] - s[j] for i in range(len(s)) for j in range(i + 1, len(s))]
+        taus.append(sum(math.copysign(1, d) for d in of_row) / len(of_row))
+        differences += of_row
+    figures = made.evaluate()
+    assert figures["eval_kendall_tau"] == pytest.approx(sum(taus) / len(taus), abs=1e-6)
+    report = json.loads((Path(made.args.output_dir) / "reward_calibration.json").read_text())
+    assert report["pairs"] == len(differences) == sum(b["pairs"] for b in report["bins"])
+    sure = [1 / (1 + math.exp(-abs(d))) for d in differences]
+    assert report["mean_confidence"] == pytest.approx(sum(sure) / len(sure), abs=1e-5)
+    assert report["accuracy"] == sum(d > 0 for d in differences) / len(differences)
+    assert figures["eval_ece"] == report["ece"] > 0.0
+    assert f"right on {len(differences)} pairs" in capsys.readouterr().out
+
+
+def test_a_head_less_ensemble_is_refused():
+    with pytest.raises(UserError, match="num_heads is 0; it must be at least 1"):
+        RewardConfig(num_heads=0)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from rlhf_fast import SFTConfig, SFTTrainer
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.adapters import lora_config
 
 ROWS = [
     {"prompt": "1+1=", "completion": "2"},
@@ -84,6 +86,48 @@ def test_weights_scale_tokens_and_their_share_of_the_mean(trainer, model, plain,
 def test_tiny_weights_do_not_shrink_the_loss(trainer, make_model, run):
     light = [{**row, "weight": 1e-3} for row in ROWS]
     assert run(trainer(make_model(), light)).losses == pytest.approx(run(trainer(make_model())).losses, abs=1e-5)
+
+
+def test_dft_weighs_each_token_by_its_probability(sgd, trainer, model, plain, ids, run):
+    """arXiv:2508.05629: loss and step beside plain PyTorch; the weight is a constant, it has no gradient."""
+    twin = copy.deepcopy(model)
+    logprobs = torch.cat([plain(twin, *tokens(row, ids)) for row in ROWS])
+    loss = -(logprobs.detach().exp() * logprobs).mean()
+    grads = torch.autograd.grad(loss, list(twin.parameters()))
+    result = run(trainer(model, loss_type="dft", max_grad_norm=0.0))
+    assert result.losses[0] == pytest.approx(float(loss.detach()), abs=1e-6)
+    for (name, parameter), grad in zip(twin.named_parameters(), grads):
+        torch.testing.assert_close(result.weights[f"model.{name}"], parameter - 0.1 * grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_neftune_disturbs_training_and_neither_evaluation_nor_what_shares_the_base(
+    lora, tokenizer, make_model, settings, run
+):
+    """What the first layer reads: noise in the training pass, of another draw each step, and none afterwards."""
+    sizes = {"max_length": 64, "per_device_train_batch_size": 1, "num_train_epochs": 2}
+    args = SFTConfig(**settings(**sizes, neftune_noise_alpha=5.0, learning_rate=1e-9))
+    peft = lora_config(r=4, alpha=8) if lora else None
+    data = {"train_dataset": ROWS, "eval_dataset": ROWS}
+    made = SFTTrainer(make_model(), args, processing_class=tokenizer, peft_config=peft, **data)
+    seen, body = [], made.policy.model.get_decoder()
+    body.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    clean = make_model().get_input_embeddings().weight.detach()
+    run(made)
+    ids = torch.tensor([t for e in made.train_records[0] for t in e.input_ids])
+    first, second = ((x[0] - clean[ids]).abs() for x in seen[:2])
+    assert 0.1 < float(first.max()) < 5 / (3 * 32) ** 0.5  # the shortest example has three tokens
+    assert not torch.equal(first, second)
+    del seen[:]
+    made.evaluate()
+    assert torch.allclose(seen[0][0], clean[ids], atol=1e-6)
+
+
+def test_settings_of_the_loss_and_the_noise_are_checked():
+    with pytest.raises(UserError, match="loss_type is 'ntp'; choose one of nll, dft"):
+        SFTConfig(loss_type="ntp")
+    with pytest.raises(UserError, match="neftune_noise_alpha is 0; it must be above 0, or unset"):
+        SFTConfig(neftune_noise_alpha=0)
 
 
 def test_accuracy_entropy_and_evaluation_are_those_of_the_logits(trainer, model, plain, ids, run):

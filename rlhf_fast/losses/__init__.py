@@ -1,0 +1,1 @@
+"""Formulas without a kernel of their own."""
