@@ -15,7 +15,7 @@ from rlhf_fast.run.config import parse_config, read_yaml
 from rlhf_fast.trainers.config import RLConfig
 
 RECIPES = sorted((Path(rlhf_fast.__file__).parent / "recipes").glob("*.yaml"))
-TRAINERS = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
+TRAINERS = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "ppo": "PPO", "grpo": "GRPO"}
 recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 
 
@@ -70,6 +70,8 @@ def test_its_trainer_takes_it(recipe, model, tmp_path):
     config_class, trainer_class = classes(recipe)
     config = parse_config(config_class, ["--config", str(recipe)])
     rows = [{"prompt": f"{i}+5=", "answer": str(i + 5), "chosen": str(i + 5), "rejected": "a"} for i in range(4)]
+    if recipe.stem.startswith("kto"):
+        rows = [{"prompt": r["prompt"], "completion": r["answer"], "label": True} for r in rows]
     options = {}
     if isinstance(config, RLConfig) and not config.reward_funcs:  # the reward model comes by the command line
         options["reward_funcs"] = ["answer"]

@@ -26,12 +26,8 @@ from .trainer import Trainer, Window
 class DPOConfig(TrainerConfig):
     output_dir: str = "runs/dpo"  # the run folder: model, checkpoints, metrics, plots
     max_length: int = 1024  # tokens of prompt and response; longer rows are cut, and how many is reported
-    beta: float = (
-        0.1  # how dearly leaving the reference is paid; simpo wants 2 or more, orpo and cpo use it as a weight
-    )
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"]
-    )  # rows of losses/preference.py; several are summed
+    beta: float = 0.1  # how dearly leaving the reference is paid; without one the scale of the margin: simpo wants 2
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # of losses/preference.py; several are summed
     loss_weights: list[float] | None = None  # one per loss_type; None weighs them all 1
     label_smoothing: float = 0.0  # assumed share of swapped labels
     f_divergence_type: str = "reverse_kl"  # to the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence
@@ -135,8 +131,8 @@ class DPOTrainer(Trainer):
         table = torch.tensor(gather_object([[*sums, *r.ref_logprobs] for sums, r in zip(policy, records)]))
         sums = table[:, :2].requires_grad_()
         ones = torch.ones(len(table))
-        pairs = Pairs(*sums.unbind(1), *table[:, 2:].unbind(1), ones, ones, nll=ones)
-        with torch.enable_grad():
+        with torch.enable_grad():  # in an evaluation too
+            pairs = Pairs(*sums.unbind(1), *table[:, 2:].unbind(1), ones, ones, nll=ones)
             total = sum(w * row.formula(pairs, self.args.coefficients).sum() for row, w in self.terms if row.coupled)
             (slopes,) = torch.autograd.grad(total, sums)
         part, first = float(total.detach()) / len(table), sum(gather_object([len(records)])[: self.ranks.index])

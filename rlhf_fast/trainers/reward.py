@@ -115,7 +115,8 @@ class RewardTrainer(Trainer):
         """Mean losses and metrics over ``eval_dataset``, and how well calibrated the scores are: also as a file."""
         self._differences = []
         figures = super().evaluate()
-        report = calibration(torch.tensor(gather_object(torch.cat(self._differences).tolist())))
+        mine = [d for part in self._differences for d in part.tolist()]
+        report = calibration(torch.tensor(gather_object(mine)))
         path = Path(self.args.output_dir) / "reward_calibration.json"
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from rlhf_fast import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+import rlhf_fast
 from rlhf_fast.run.metrics import read_metrics
 
-KINDS = {"sft": (SFTTrainer, SFTConfig), "grpo": (GRPOTrainer, GRPOConfig), "ppo": (PPOTrainer, PPOConfig)}
+KINDS = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "ppo": "PPO"}
 
 
 def vowels(completions, **_):
@@ -22,8 +22,8 @@ def vowels(completions, **_):
 
 def train(kind: str, model: str, rows: list[dict], settings: dict) -> dict:
     """The figures of each step, and the norm of the weights at the end."""
-    trainer_class, config_class = KINDS[kind]
-    given = {} if kind == "sft" else {"reward_funcs": vowels}
+    trainer_class, config_class = (getattr(rlhf_fast, KINDS[kind] + part) for part in ("Trainer", "Config"))
+    given = {"reward_funcs": vowels} if kind in ("grpo", "ppo") else {}
     trainer = trainer_class(model, args=config_class(**settings), train_dataset=rows, eval_dataset=rows[:1], **given)
     trainer.train()
     weights = [float(p.detach().double().norm()) for p in trainer.parameters]

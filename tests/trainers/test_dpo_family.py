@@ -120,6 +120,17 @@ def test_sorting_learns_from_margins_in_the_reference_s_order(trainer, model, re
         )
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "aot", "orpo"])
+def test_an_evaluation_is_over_all_rows_whatever_the_batch_size(kind, trainer, model, run):
+    made = trainer(model, loss_type=[kind], eval_rows=ROWS)
+    run(made)
+    figures = []
+    for size in (5, 2):
+        made.args.per_device_train_batch_size = size
+        figures.append(made.evaluate())
+    assert figures[0] == pytest.approx(figures[1], abs=1e-5)
+
+
 def test_bco_centres_rewards_by_their_mean_over_all_steps_before(trainer, model, run):
     """The shift of step 4 is the mean of the rewards that steps 1 to 3 logged; an evaluation adds nothing to it."""
     made = trainer(model, loss_type=["bco"], num_train_epochs=3, eval_rows=ROWS, eval_steps=1)

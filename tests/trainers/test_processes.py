@@ -16,6 +16,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 RUNNER = Path(__file__).with_name("processes.py")
 WORDS = ["a", "hello", "to be", "x+y=z", "no", "seventeen", "q", "well, well", "ok", "end.", "i"]
 EXAMPLES = [{"prompt": f"{i} ", "completion": w} for i, w in enumerate(WORDS)]
+PAIRS = [{"prompt": e["prompt"], "chosen": e["completion"], "rejected": "no " + e["prompt"]} for e in EXAMPLES]
+LABELLED = [{**e, "label": i % 3 > 0} for i, e in enumerate(EXAMPLES)]
 PROMPTS = [{"prompt": f"{i} "} for i in range(3)]
 
 
@@ -27,11 +29,21 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
     grpo |= {"per_device_train_batch_size": 8 // processes, "gradient_checkpointing": False, "max_steps": 4}
     ppo = {"num_ppo_epochs": 2, "kl_target": 1.0, "kl_horizon": 10, "max_completion_length": 5}
     ppo |= {"per_device_train_batch_size": 8 // processes}
+    pairs = {"per_device_train_batch_size": 8 // processes // 2, "gradient_accumulation_steps": 2}
+    sorted_pairs = {
+        **pairs,
+        "loss_type": ["aot", "bco", "sft"],
+        "precompute_ref_log_probs": True,
+        "num_train_epochs": 2,
+    }
     table = {
         "sft full": ("sft", EXAMPLES, sft),
         "sft lora": ("sft", EXAMPLES, {**sft, "use_peft": True}),
         "grpo full": ("grpo", PROMPTS, grpo),
         "grpo lora": ("grpo", PROMPTS, {**grpo, "use_peft": True}),
+        "dpo full": ("dpo", PAIRS, sorted_pairs),
+        "kto lora": ("kto", LABELLED, {**pairs, "use_peft": True, "num_train_epochs": 2, "learning_rate": 1e-2}),
+        "reward full": ("reward", PAIRS, {**pairs, "num_heads": 3}),
         # 9 rows: a last window with fewer rows than processes; PPO whitens by process, so it is only seen to run
         "sft one row": ("sft", EXAMPLES[:9], sft),
         "ppo lora": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "use_peft": True}),
@@ -58,7 +70,7 @@ def results(tmp_path_factory, tokenizer):
         path.write_text(json.dumps(cases(folder / str(processes), folder / "model", processes)))
         workers += _start(path, processes)
     try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
+        said = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -94,7 +106,9 @@ def _save_model(folder, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["sft full", "sft lora", "grpo full", "grpo lora"])
+@pytest.mark.parametrize(
+    "name", ["sft full", "sft lora", "dpo full", "kto lora", "reward full", "grpo full", "grpo lora"]
+)
 def test_two_processes_make_the_steps_of_one(name, results):
     one, two, _ = results[name]
     kept = (
@@ -106,6 +120,10 @@ def test_two_processes_make_the_steps_of_one(name, results):
         "mean_token_accuracy",
         "completions/mean_length",
         "eval_loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "disagreement",
+        "eval_ece",
     )
     assert len(one["steps"]) == len(two["steps"])
     for alone, shared in zip(one["steps"], two["steps"]):

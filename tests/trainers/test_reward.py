@@ -188,17 +188,20 @@ def test_an_ensemble_is_saved_with_all_its_heads(trainer, make_model, tokenizer,
         trainer(made.args.output_dir, PAIRS, num_heads=2)
 
 
-def test_heads_part_more_on_what_the_data_does_not_decide(trainer, model, run, ids):
-    """After training, on the training responses beside responses of letters never seen."""
+def test_heads_agree_on_the_pairs_they_learned_and_part_on_letters_they_never_saw(trainer, model, run, ids):
+    """Each head's difference of scores within a pair, in standard deviations over the heads."""
     made = trainer(model, PAIRS, num_heads=8, num_train_epochs=40, learning_rate=1e-2)
     run(made)
     seen = [e for r in made.train_records for e in r.responses]
-    strange = [Example(ids(text), [False] + [True] * (len(text) - 1)) for text in ("#$#$", "qqqqq", "78-9", "k.k.k")]
+    strange = [
+        Example(ids(text), [False] + [True] * (len(text) - 1))
+        for text in ("#$#$", "qqqq", "7839", "k.k.", "ffgg", "ggff")
+    ]
     with torch.no_grad():
-        stds = [made.policy.eval().head_scores(made.pack(x)).std(1) for x in (seen, strange)]
-        margins = made.policy.head_scores(made.pack(seen)).view(3, 2, 8)
-    assert (margins[:, 0] > margins[:, 1]).all()
-    assert stds[0].mean() > 0 and stds[1].mean() > 0
+        seen, strange = (made.policy.eval().head_scores(made.pack(x)).view(3, 2, 8) for x in (seen, strange))
+    sure, unsure = ((x[:, 0] - x[:, 1]).mean(1).abs() / (x[:, 0] - x[:, 1]).std(1) for x in (seen, strange))
+    assert (seen[:, 0] > seen[:, 1]).all()
+    assert sure.mean() > 2 * unsure.mean()
 
 
 @pytest.mark.parametrize("rows", [PAIRS, RANKINGS], ids=["pairs", "rankings"])
