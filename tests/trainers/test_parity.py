@@ -116,7 +116,7 @@ DPO = {
     "aot_unpaired": {},
     "apo_zero": {},
     "apo_down": {},
-    "discopop": {"learning_rate": 0.01},
+    "discopop": {"learning_rate": 0.01, "discopop_tau": 0.3},
     "sft": {},
     "sigmoid_norm": {},
 }
@@ -144,10 +144,12 @@ def test_dpo_with_another_divergence(divergence, ours, theirs):
     same(ours("DPO", PAIRS, **settings), theirs("DPO", PAIRS, **settings))
 
 
-def test_dpo_of_three_losses_with_weights(ours, theirs):
-    """The mixture of MPO (arXiv:2411.10442)."""
-    settings = {"learning_rate": 0.05, "beta": 0.3, "loss_type": ["sigmoid", "bco_pair", "sft"]}
-    settings["loss_weights"] = [0.8, 0.2, 1.0]
+@pytest.mark.parametrize(
+    ("kinds", "weights"), [(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]), (["ipo", "hinge"], [0.05, 1.0])], ids=str
+)
+def test_dpo_of_several_losses_with_weights(kinds, weights, ours, theirs):
+    """The mixture of MPO (arXiv:2411.10442), and one of means and sums over a response's tokens."""
+    settings = {"learning_rate": 0.05, "beta": 0.3, "loss_type": kinds, "loss_weights": weights}
     same(ours("DPO", PAIRS, **settings), theirs("DPO", PAIRS, **settings))
 
 

@@ -21,6 +21,7 @@ from rlhf_fast import (
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
     PPOConfig,
     PPOTrainer,
     RewardConfig,
@@ -69,7 +70,7 @@ def test_no_setting_is_left_untested():
         for path in [*here.glob("test_*.py"), here.parent / "test_end_to_end.py"]
         for w in re.findall(r"\w+", path.read_text())
     }
-    for config in (SFTConfig, RewardConfig, DPOConfig, GRPOConfig, PPOConfig):
+    for config in (SFTConfig, RewardConfig, DPOConfig, KTOConfig, GRPOConfig, PPOConfig):
         assert {f.name for f in dataclasses.fields(config)} <= words, config.__name__
 
 
@@ -243,9 +244,9 @@ def test_rollouts_fill_so_many_slots_and_are_evaluated_on_a_few_prompts(make_mod
         (SFTConfig, {"dtype": "fp16"}, "dtype is 'fp16'; choose one of auto, float32, bfloat16"),
         (DPOConfig, {"loss_type": ["sigmoid", "hing"]}, "loss_type is 'hing'; choose one of sigmoid"),
         (DPOConfig, {"loss_type": []}, "name at least one"),
-        (DPOConfig, {"loss_type": ["ipo", "hinge"]}, "ipo only alone"),
+        (DPOConfig, {"loss_type": ["ipo", "hinge"], "simpo_gamma": 1.0}, "simpo_gamma has no effect"),
         (DPOConfig, {"loss_weights": [1.0, 2.0]}, "loss_weights has 2 entries for 1 loss_type"),
-        (DPOConfig, {"beta": 0.0}, "beta must be positive"),
+        (DPOConfig, {"beta": 0.0}, "beta is 0.0; it must be above 0"),
         (DPOConfig, {"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing has no effect"),
         (GRPOConfig, {"loss_type": "grop"}, "loss_type is 'grop'; choose one of grpo, dapo"),
         (GRPOConfig, {"loss_type": "cispo"}, "cispo needs epsilon_high"),
@@ -325,10 +326,10 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_every_trainer_is_at_the_top_of_the_package():
-    for name in ("SFT", "Reward", "DPO", "PPO", "GRPO"):
+    for name in ("SFT", "Reward", "DPO", "KTO", "PPO", "GRPO"):
         assert getattr(rlhf_fast, f"{name}Trainer").config_class is getattr(rlhf_fast, f"{name}Config")
-    with pytest.raises(AttributeError, match="no attribute 'KTOTrainer'"):
-        _ = rlhf_fast.KTOTrainer
+    with pytest.raises(AttributeError, match="no attribute 'XPOTrainer'"):
+        _ = rlhf_fast.XPOTrainer
 
 
 @pytest.mark.parametrize("dataset", [PROMPTS, Dataset.from_list(PROMPTS)], ids=["list", "datasets"])
