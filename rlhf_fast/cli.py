@@ -50,6 +50,7 @@ COMMANDS = {
     "grpo": Command("train", "reinforcement learning with groups of responses, no critic", "trainers.grpo:GRPO", _TRY),
     "generate": Command("use", "responses of a model to prompts", "commands.generate:main"),
     "evaluate": Command("use", "rewards of a model on held-out prompts", "commands.evaluate:main"),
+    "code-runner": Command("use", "grade programs for training runs on other machines", "commands.code_runner:main"),
     "export": Command("use", "a run as a plain Hugging Face folder", "commands.export:main"),
     "env": Command("use", "versions, devices, and the backend of every kernel", "commands.env:main"),
 }
