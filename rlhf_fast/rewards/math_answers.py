@@ -20,9 +20,8 @@ from rlhf_fast.rewards.workers import WorkerPool
 
 WORKER = Path(__file__).with_name("math_worker.py")
 LONGEST_ANSWER = 500  # characters; nobody means a longer one, and SymPy would read it for minutes
-SAID = re.compile(  # "the answer is 5.", "**Answer:** 5", and "A: 5" on a line of its own
-    r"(?:\banswer\b[*_\s]*(?:is\b[*_\s]*:?|[:=])|^\s*A:)[*_\s]*(?P<answer>\S[^\n]*)", re.IGNORECASE | re.MULTILINE
-)
+# "the answer is 5.", "**Answer:** 5", and "A: 5" on a line of its own
+SAID = re.compile(r"(?:\banswer\b[*_\s]*(?:is\b[*_\s]*:?|[:=])|^\s*A:)[*_\s]*(?=\S)", re.IGNORECASE | re.MULTILINE)
 SENTENCE_END = re.compile(r"[.,;]\**\s+(?=[A-Za-z])|[.;]?[*\s]*\Z")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 MIXED = re.compile(r"(?<![\d/.^{])(\d+)\s+(\d+)/(\d+)(?![\d/])")  # 3 1/2
@@ -100,7 +99,7 @@ def final_answer(text: str) -> str | None:
         inner = marked_answer(marked)  # `#### \boxed{5}`
         return (marked if inner is None else inner).strip() or None
     if said := _last(SAID, text):
-        answer = said["answer"]
+        answer = text[said.end() :].partition("\n")[0]
         if formula := FORMULA.match(answer):
             return _inside(formula)
         return answer[: SENTENCE_END.search(answer).start()].strip() or None

@@ -37,9 +37,10 @@ def read_environment():
         raise KeyError
 
 def fill_the_disk():
-    with open("/tmp/fill", "wb") as file:
-        for _ in range(SCRATCH_MB + 1):
-            file.write(bytes(1 << 20))
+    for name, megabytes in (("one", SCRATCH_MB - 1), ("two", 2)):  # one file alone meets another limit
+        with open("/tmp/" + name, "wb") as file:
+            for _ in range(megabytes):
+                file.write(bytes(1 << 20))
 
 def become_root():
     os.setuid(0)
