@@ -19,7 +19,9 @@ from rlhf_fast.rewards.sandbox.process import Guest, Limits
 
 NOBODY = "65534"
 OLDEST_BWRAP = (0, 8, 0)  # the first with --disable-userns
-ELSEWHERE = "`sandbox: docker` and `sandbox: http://HOST:PORT` (a machine that runs `rlhf-fast code-runner`) are the alternatives"
+ELSEWHERE = (
+    "There are the sandboxes `bwrap`, `docker` and `http://HOST:PORT`, a machine that runs `rlhf-fast code-runner`"
+)
 
 
 class Sandbox(Protocol):
@@ -55,12 +57,12 @@ class Bwrap:
         version = _bwrap_version(self._bwrap)
         if version < OLDEST_BWRAP:
             raise UserError(
-                f"sandbox 'bwrap': bubblewrap {'.'.join(map(str, version))} is too old, 0.8 or newer is needed; {ELSEWHERE}."
+                f"sandbox 'bwrap': bubblewrap {'.'.join(map(str, version))} is too old, 0.8 or newer is needed. {ELSEWHERE}."
             )
         if platform.machine() not in seccomp.MACHINES:
             known = " and ".join(seccomp.MACHINES)
             raise UserError(
-                f"sandbox 'bwrap': there is a system call filter for {known} only, this is {platform.machine()}; {ELSEWHERE}."
+                f"sandbox 'bwrap': there is a system call filter for {known} only, this is {platform.machine()}. {ELSEWHERE}."
             )
         self._filter = seccomp.program(platform.machine())
         self._drop: list[str] = []
@@ -106,6 +108,8 @@ class Bwrap:
 class Docker:
     """A container without network, capabilities or a writable file system, one a run. Slow to start: about half a second.
 
+    Processes, loopback and /proc exist inside, of the container's own; system calls meet Docker's filter, which is wider than ours.
+
     Args:
         image: has a ``python3``; it must be here already, nothing is pulled in a run.
     Raises:
@@ -140,8 +144,8 @@ class Docker:
         options += ["--memory", memory, "--memory-swap", memory, "--log-driver", "none", "--pull", "never"]
         options += ["--tmpfs", f"/tmp:size={limits.scratch_mb}m,nr_inodes=4096,noexec,nosuid", "--workdir", "/tmp"]
         command = [self._docker, "run", *options, "--entrypoint", "python3", self.image]
-        # killing the client leaves the container
-        return Guest(command, job, limits, on_close=partial(self._remove, name))
+        # the client may need DOCKER_HOST and its like, and passes nothing on; killing it leaves the container
+        return Guest(command, job, limits, environment=os.environ, on_close=partial(self._remove, name))
 
     def _remove(self, name: str) -> None:
         subprocess.run([self._docker, "rm", "--force", name], check=False, capture_output=True)

@@ -6,7 +6,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_fast.rewards.sandbox import wire
 
 GUEST = Path(__file__).with_name("guest.py").read_text(encoding="utf-8")
+EMPTY = {"PATH": "/usr/local/bin:/usr/bin:/bin"}  # an environment without secrets
 START_S = 20.0  # to start an interpreter; longer means that the sandbox or the machine is broken, not the candidate
 
 
@@ -42,6 +43,7 @@ class Guest:
         command: argv that ends in an interpreter; what runs is appended.
         job: role, source and what the role needs, see ``guest.py``.
         pass_fds: file descriptors that the command needs.
+        environment: of the command.
         on_close: called after the process was killed.
     Raises:
         SandboxFault: it did not become ready.
@@ -54,6 +56,7 @@ class Guest:
         limits: Limits,
         *,
         pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] = EMPTY,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._pending = b""  # input that the guest has not taken yet
@@ -65,7 +68,7 @@ class Guest:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
+            env=environment,
             cwd="/",
             pass_fds=pass_fds,
             bufsize=0,
