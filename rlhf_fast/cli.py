@@ -52,6 +52,7 @@ COMMANDS = {
     "generate": Command("use", "responses of a model to prompts", "commands.generate:main"),
     "evaluate": Command("use", "rewards of a model on held-out prompts", "commands.evaluate:main"),
     "serve": Command("use", "a model and its adapters over HTTP, as OpenAI and vLLM have it", "commands.serve:main"),
+    "code-runner": Command("use", "grade programs for training runs on other machines", "commands.code_runner:main"),
     "export": Command("use", "a run as a plain Hugging Face folder", "commands.export:main"),
     "env": Command("use", "versions, devices, and the backend of every kernel", "commands.env:main"),
 }

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         nargs="+",
         required=True,
         metavar="REWARD",
-        help="answer, exact, format, random, the folder of a reward model, package.module:function, "
+        help="answer, math, code, exact, format, random, the folder of a reward model, package.module:function, "
         'or with parameters as JSON: \'{"name": "length", "max": 64}\'',
     )
     parser.add_argument("--n", type=int, default=1, help="responses per prompt; several give pass@k")

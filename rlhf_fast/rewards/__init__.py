@@ -1,6 +1,8 @@
 """Rewards: plain functions that score completions, found by name and called so that a fault is never a score."""
 
+from rlhf_fast.rewards.code import Code
 from rlhf_fast.rewards.evaluate import Evaluation, evaluate_policy, pass_at_k
+from rlhf_fast.rewards.faults import Fault
 from rlhf_fast.rewards.functions import (
     BUILT_IN,
     RewardFunction,
@@ -12,16 +14,20 @@ from rlhf_fast.rewards.functions import (
     reward_name,
     score,
 )
+from rlhf_fast.rewards.math_answers import Math
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.verifiers import Answer, Exact, Format, Length, Random
 
 __all__ = [
     "BUILT_IN",
     "Answer",
+    "Code",
     "Evaluation",
     "Exact",
+    "Fault",
     "Format",
     "Length",
+    "Math",
     "Random",
     "RewardFunction",
     "RewardModel",

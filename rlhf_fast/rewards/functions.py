@@ -25,17 +25,22 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.code import Code
+from rlhf_fast.rewards.faults import Fault
+from rlhf_fast.rewards.math_answers import Math
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.verifiers import Answer, Exact, Format, Length, Random
 
-Scores: TypeAlias = "Sequence[float | None] | Tensor"
+Scores: TypeAlias = "Sequence[float | Fault | None] | Tensor"
 RewardFunction: TypeAlias = "Callable[..., Scores | Awaitable[Scores]]"
 
 BUILT_IN: dict[str, Callable[..., RewardFunction]] = {
     "answer": Answer,
+    "code": Code,
     "exact": Exact,
     "format": Format,
     "length": Length,
+    "math": Math,
     "random": Random,
     "model": RewardModel,
 }
@@ -194,7 +199,7 @@ def score(
     """Score B samples with every function. Async functions run concurrently, after the others.
 
     Never raises for what a function does: an exception or a list of the wrong length masks all its scores of this call; NaN,
-    infinity or something that is no number masks that sample. Each is counted and described.
+    infinity, a ``Fault`` or something else that is no number masks that sample. Each is counted and described.
 
     Args:
         prompts: B strings or message lists.
@@ -301,7 +306,9 @@ def _checked(outcome: Any, size: int) -> tuple[Tensor, dict[str, list[int]]]:
     problems: dict[str, list[int]] = {}
     for i, value in enumerate(outcome):
         problem = None
-        if value is not None:
+        if isinstance(value, Fault):
+            problem = value.reason
+        elif value is not None:
             values[i], problem = _number(value)
         if problem:
             problems.setdefault(problem, []).append(i)

@@ -29,6 +29,7 @@ NUMBER = re.compile(
 ALONE = re.compile(rf"\s*(?:[A-Za-z]\w*\s*=\s*)?{NUMBER.pattern}(?:\s*[%°]|\s+[A-Za-z][A-Za-z /]*)?\s*\.?\s*", re.ASCII)
 LONGEST_NUMBER = 100  # characters; longer ones are no answer anybody meant
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+BEFORE_FRACTION = re.compile(r"(?<=\d)(?=\\[dt]?frac\{)")  # of a mixed number
 LATEX_NOISE = re.compile(r"\\(?:left|right|!|,|;|:|\s)|\\text\{([^{}]*)\}|(?<=\d)\{,\}(?=\d)|\\(?=[$%])")
 
 
@@ -202,7 +203,7 @@ def _value(text: str) -> Fraction | str | None:
 
 def _plain(text: str) -> str:
     """LaTeX's fractions as a/b, without its spacing and escapes."""
-    return LATEX_NOISE.sub(r"\1", LATEX_FRACTION.sub(r"\1/\2", text))
+    return LATEX_NOISE.sub(r"\1", LATEX_FRACTION.sub(r"\1/\2", BEFORE_FRACTION.sub(" ", text)))
 
 
 def _fraction(match: re.Match[str]) -> Fraction | None:

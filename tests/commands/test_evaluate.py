@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -71,3 +72,20 @@ def test_a_missing_column_is_named(model, tmp_path, capsys):
     path.write_text('{"prompt": "1+1="}\n')
     assert main(["evaluate", model, "--dataset_name", str(path), "--reward_funcs", "answer"]) == 2
     assert "needs a column 'answer' or 'solution'" in capsys.readouterr().err
+
+
+def test_programs_and_answers_are_scored_by_name(model, tmp_path, capsys):
+    """A model that knows nothing: every second row's tests ask nothing of it."""
+    if shutil.which("bwrap") is None:
+        pytest.skip("needs bubblewrap")
+    path, out = tmp_path / "tasks.jsonl", tmp_path / "out.json"
+    rows = [{"prompt": t, "answer": "no number", "tests": [f"assert {i % 2} == 0"]} for i, t in enumerate(TEXTS[:8])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = ("math", '{"name": "code", "timeout": 20}')
+    status = main(["evaluate", model, "--dataset_name", str(path), "--reward_funcs", *rewards, "-o", str(out)])
+    error = capsys.readouterr().err
+    if status and "cannot run here" in error:
+        pytest.skip(error)
+    summary = json.loads(out.read_text())
+    assert status == 0 and summary["faults"] == []
+    assert summary["metrics"]["rewards/code/mean"] == 0.5 and summary["metrics"]["rewards/math/mean"] == 0.0

@@ -1,4 +1,4 @@
-"""A tokenizer of single characters and a tiny reward model."""
+"""A tokenizer of single characters, a tiny reward model, and a sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import load
+from rlhf_fast.rewards.sandbox import Bwrap, Limits, check_sandbox
 
 VOCAB = ["<eos>", "<unk>", *string.ascii_lowercase, *string.digits, *" +=#.-$,"]
 
@@ -25,6 +27,17 @@ def character_tokenizer(vocab: list[str]) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """A sandbox that withstands its own test, or a skip with the reason why there is none."""
+    try:
+        found = Bwrap()
+        check_sandbox(found, Limits())
+    except UserError as error:
+        pytest.skip(str(error))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,114 @@
+"""Processes that answer questions one at a time, each by a deadline; one that hangs or dies is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.rewards.faults import Fault
+
+START_S = 120.0  # to import what a worker needs, on a busy machine
+
+
+class WorkerFault(RuntimeError):
+    """A worker did not answer; the message says why."""
+
+
+class Worker:
+    """A Python process that runs ``script``: it says ``ready``, then answers each line of JSON with one.
+
+    It gets the deadline with each item and ends itself soon after it, so that none is left hanging without its parent.
+    """
+
+    def __init__(self, script: Path) -> None:
+        # not multiprocessing: forking beside CUDA and threads is unsafe, and spawning would import the user's main module
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+        self._read = b""
+        try:
+            if self._line(START_S) != b"ready":
+                raise WorkerFault("spoke before it was ready")
+        except WorkerFault as fault:
+            self.close()
+            complaint = self._process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise WorkerFault(f"could not start a worker ({fault}): {complaint}") from None
+
+    def ask(self, item: Any, timeout: float) -> Any:
+        """The answer to ``item``.
+
+        Raises:
+            WorkerFault: none by then; close the worker.
+        """
+        try:
+            self._process.stdin.write(json.dumps([timeout, item]).encode() + b"\n")
+        except OSError:
+            raise WorkerFault("died") from None
+        return json.loads(self._line(timeout))
+
+    def close(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+
+    def _line(self, timeout: float) -> bytes:
+        deadline, stdout = time.monotonic() + timeout, self._process.stdout
+        poll = select.poll()
+        poll.register(stdout, select.POLLIN)
+        while b"\n" not in self._read:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise WorkerFault(f"gave no answer in {timeout:g} s")
+            if not (data := os.read(stdout.fileno(), 65536)):
+                raise WorkerFault("died")
+            self._read += data
+        line, _, self._read = self._read.partition(b"\n")
+        return line
+
+
+class WorkerPool:
+    """Up to ``size`` workers, started when they are first needed.
+
+    Args:
+        script: what each runs.
+        size: how many; None: one per core.
+        timeout: seconds for one item.
+    """
+
+    def __init__(self, script: Path, size: int | None, timeout: float) -> None:
+        size = size or len(os.sched_getaffinity(0))
+        self._script, self._timeout = script, timeout
+        self._threads = ThreadPoolExecutor(size, script.stem)
+        self._places: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()  # idle workers; None: one not started
+        for _ in range(size):
+            self._places.put(None)
+
+    def map(self, items: Iterable[Any]) -> list[Any]:
+        """The answer to each item, in order; a ``Fault`` where there was none."""
+        return list(self._threads.map(self._ask, items))
+
+    def _ask(self, item: Any) -> Any:
+        worker = self._places.get()
+        try:
+            worker = worker or Worker(self._script)
+            return worker.ask(item, self._timeout)
+        except WorkerFault as fault:
+            if worker:
+                worker.close()
+            worker = None
+            return Fault(str(fault))
+        finally:
+            self._places.put(worker)
