@@ -153,14 +153,14 @@ right = load(task["program"])
 def recording(*arguments):
     calls.append(copy.deepcopy(arguments))
     return right[task["entry_point"]](*arguments)
-names = load(task["program"] + "\n" + task["test"])
+names = load(task["program"] + chr(10) + task["test"])
 names["check"](recording)
 wanted = [outcome(right[task["entry_point"]], arguments) for arguments in calls]
 for program in task["mutants"]:
     signal.setitimer(signal.ITIMER_VIRTUAL, 1, 1)
     differs, accepted = True, False
     try:
-        names = load(program + "\n" + task["test"])
+        names = load(program + chr(10) + task["test"])
         differs = [outcome(names[task["entry_point"]], arguments) for arguments in calls] != wanted
         names["check"](names[task["entry_point"]])
         accepted = True
