@@ -197,7 +197,7 @@ def humaneval(args: argparse.Namespace) -> str:
 def wrong_programs(task: dict[str, Any]) -> tuple[list[str], int]:
     """Mutants whose results differ on the test's own arguments, and how many more of them the test, run plainly, accepts."""
     program = task["prompt"] + task["canonical_solution"]
-    made = mutants(program, task["entry_point"])[:20]
+    made = mutants(program, task["entry_point"])[:30]
     job = {**task, "program": program, "mutants": made}
     done = subprocess.run(
         [sys.executable, "-c", ORACLE], input=json.dumps(job), capture_output=True, text=True, check=False
