@@ -153,14 +153,14 @@ right = load(task["program"])
 def recording(*arguments):
     calls.append(copy.deepcopy(arguments))
     return right[task["entry_point"]](*arguments)
-names = load(task["program"] + "\n" + task["test"])
+names = load(task["program"] + chr(10) + task["test"])
 names["check"](recording)
 wanted = [outcome(right[task["entry_point"]], arguments) for arguments in calls]
 for program in task["mutants"]:
     signal.setitimer(signal.ITIMER_VIRTUAL, 1, 1)
     differs, accepted = True, False
     try:
-        names = load(program + "\n" + task["test"])
+        names = load(program + chr(10) + task["test"])
         differs = [outcome(names[task["entry_point"]], arguments) for arguments in calls] != wanted
         names["check"](names[task["entry_point"]])
         accepted = True
@@ -197,7 +197,7 @@ def humaneval(args: argparse.Namespace) -> str:
 def wrong_programs(task: dict[str, Any]) -> tuple[list[str], int]:
     """Mutants whose results differ on the test's own arguments, and how many more of them the test, run plainly, accepts."""
     program = task["prompt"] + task["canonical_solution"]
-    made = mutants(program, task["entry_point"])[:20]
+    made = mutants(program, task["entry_point"])[:30]
     job = {**task, "program": program, "mutants": made}
     done = subprocess.run(
         [sys.executable, "-c", ORACLE], input=json.dumps(job), capture_output=True, text=True, check=False
