@@ -121,7 +121,7 @@ class GRPOTrainer(RLTrainer):
     @property
     def entries(self) -> list[str]:
         a = self.args
-        # unless it is asked for, the policy does not move between sampling and its only step
+        # with one step on a batch the policy has not moved since it sampled: the ratio's denominator is itself
         old = a.num_iterations > 1 or bool(a.kl_coef)
         return ["advantages", *["old_logprobs"] * old, *["ref_logprobs"] * bool(a.beta or a.kl_coef)]
 
