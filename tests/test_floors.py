@@ -50,7 +50,18 @@ RESERVED = {
 # what every trainer is built on, and the one that continues another
 SHARED_TRAINER_FILES = tuple(
     f"rlhf_fast.trainers.{name}"
-    for name in ("trainer", "config", "build", "engines", "optimizers", "memory", "resume", "best", "callbacks")
+    for name in (
+        "trainer",
+        "algorithm",
+        "config",
+        "build",
+        "engines",
+        "optimizers",
+        "memory",
+        "resume",
+        "best",
+        "callbacks",
+    )
     + ("rl", "importance", "scores", "groups", "reference")
 )
 CONTINUES = {"safe_ppo": "ppo"}
