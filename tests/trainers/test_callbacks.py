@@ -198,7 +198,7 @@ def test_callbacks_are_found_by_their_dotted_path(make_model, tokenizer, setting
         ("no_such_module:f", "callback: cannot import 'no_such_module'"),
         ("json:dumpz", "callback: module 'json' has no function 'dumpz'. Did you mean 'dump"),
         ("plain", "callbacks: 'plain' is none; give module:name"),
-        (object(), "is none; .* with any of on_step, on_rollout, on_evaluate, on_save"),
+        (1.5, "is none; .* with any of on_step, on_rollout, on_evaluate, on_save"),
         (EarlyStopping, "callbacks: cannot make a EarlyStopping: .* missing 2 required"),
         ({"name": "json:dumps", "at": 2}, "takes no arguments, got at"),
     ],
