@@ -62,13 +62,16 @@ class Pairs(NamedTuple):
 # ---------------------------------------------------------------------------------- divergences (f-DPO, arXiv:2309.16240)
 
 
+MAX_EXPONENT = 40.0  # float32 squares e^40 without becoming inf, and differences of two still have a gradient
+
+
 def _reverse_kl(ratio: Tensor, c: Coefficients) -> Tensor:
     return ratio
 
 
 def _forward_kl(ratio: Tensor, c: Coefficients) -> Tensor:
     """f(u) = -log u, f' = -1/u."""
-    return 1 - torch.exp(-ratio)
+    return -torch.expm1((-ratio).clamp(max=MAX_EXPONENT))
 
 
 def _js_divergence(ratio: Tensor, c: Coefficients) -> Tensor:
@@ -79,8 +82,7 @@ def _js_divergence(ratio: Tensor, c: Coefficients) -> Tensor:
 def _alpha_divergence(ratio: Tensor, c: Coefficients) -> Tensor:
     """f' = (u^(a - 1) - 1) / (a - 1), whose limit at a = 1 is the reverse KL."""
     a = c.f_alpha_divergence_coef - 1.0
-    # e^80 is the last that float32 squares without becoming inf
-    return ratio if abs(a) < 1e-6 else torch.expm1((a * ratio).clamp(max=80.0)) / a
+    return ratio if abs(a) < 1e-6 else torch.expm1((a * ratio).clamp(max=MAX_EXPONENT)) / a
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Coefficients], Tensor]] = {

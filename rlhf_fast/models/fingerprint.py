@@ -50,6 +50,11 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
+def digest(tensors: dict[str, Tensor]) -> str:
+    """A hash of names and of a few elements of each tensor."""
+    return _hash([(name, _sample(tensor)) for name, tensor in tensors.items()])
+
+
 def difference(saved: dict[str, str], here: dict[str, str]) -> str | None:
     """How the base ``here`` differs from the one that was ``saved``, in words, or None.
 

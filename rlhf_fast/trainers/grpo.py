@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,10 @@ class GRPOTrainer(RLTrainer):
     def size(self, record: Experience) -> float:
         return 0 if self._ignored(record) else super().size(record)
 
+    def counts(self, records: list[Experience]) -> tuple[float, ...]:
+        """Responses that nobody could score are as if they had not been sampled."""
+        return super().counts([e for e in records if not math.isnan(e.reward)])
+
     def sizes(self) -> dict[str, Any]:
         return super().sizes() | {"num_generations": self.args.num_generations}
 
@@ -180,10 +185,8 @@ class GRPOTrainer(RLTrainer):
         batch = self.pack([e.example for e in records])
         logprobs, entropy = self.model(batch, temperature=a.temperature, entropy="detached")
         old_logprobs = packed(records, "old_logprobs", batch)
-        mask = batch.response_mask
-        if a.mask_truncated_completions:
-            kept = torch.tensor([not self._ignored(e) for e in records])
-            mask = mask & kept.repeat_interleave(torch.tensor(batch.lengths)).to(mask.device)
+        kept = torch.tensor([not self._ignored(e) for e in records])
+        mask = batch.response_mask & kept.repeat_interleave(torch.tensor(batch.lengths)).to(self.policy.device)
         kind, aggregate, divisor = LOSS_TYPES[a.loss_type]
         divisors = {
             "tokens": window.tokens,
@@ -218,4 +221,5 @@ class GRPOTrainer(RLTrainer):
         yield loss, figures, tokens
 
     def _ignored(self, record: Experience) -> bool:
-        return self.args.mask_truncated_completions and not record.finished
+        """It teaches nothing: nobody could score it, or it was cut off and those are left out."""
+        return math.isnan(record.reward) or (self.args.mask_truncated_completions and not record.finished)

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.fingerprint import difference, fingerprint
+from rlhf_fast.models.fingerprint import difference, digest, fingerprint
 from rlhf_fast.run.checkpoint import (
     checkpoint_path,
     find_checkpoint,
@@ -84,6 +84,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "callbacks": trainer.callbacks.state(),
         # frozen, and not in here
         "base": fingerprint(trainer.policy.model) if trainer.policy.adapters.names else None,
+        "frozen": digest(_frozen(trainer)),
     }
 
 
@@ -128,6 +129,13 @@ def _trained(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {n: p for n, p in trainer.policy.named_parameters() if p.requires_grad}
 
 
+def _frozen(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What stands still beside the base: the reference's and reward models' adapters, heads and copies."""
+    ours = (".lora_", "heads.", "copies.")
+    named = trainer.policy.named_parameters()
+    return {n: p for n, p in named if not p.requires_grad and any(part in n for part in ours)}
+
+
 def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Tensor]) -> None:
     """Raise UserError unless ``state`` belongs to a run like this one: parameters, processes, frozen base."""
     here, there = ({n: tuple(w.shape) for n, w in weights.items()} for weights in (mine, state["weights"]))
@@ -142,7 +150,13 @@ def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Te
             f"the checkpoint was written by {len(state['ranks'])} processes, this run has "
             f"{trainer.accelerator.num_processes}; start as many"
         )
-    if (saved := state.get("base")) is None:
+    if state["frozen"] != digest(_frozen(trainer)):
+        raise UserError(
+            "the checkpoint belongs to another reference or reward model than this run has loaded; resume with the "
+            "model_name_or_path and reward_model_path that the run began with, as they were then (a run that is saved into "
+            "the folder that it began from changes them)"
+        )
+    if (saved := state["base"]) is None:
         return
     base = fingerprint(trainer.policy.model)
     how = difference(saved, base)

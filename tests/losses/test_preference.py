@@ -165,6 +165,19 @@ def test_hopeless_and_perfect_pairs_stay_finite(name, gap):
     assert loss.isfinite().all()
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("ratio", [-3000.0, -95.0, 3000.0])
+def test_divergences_of_hopeless_responses_stay_finite(divergence, ratio):
+    """500 tokens at -0.19 nats each are enough for e^95. Both responses of a pair may be that unlikely."""
+    x = torch.tensor([ratio], requires_grad=True)
+    at = Coefficients(f_divergence_type=divergence, f_alpha_divergence_coef=0.5)
+    scores = DIVERGENCES[divergence](x, at)
+    loss = (scores - scores.detach()).square() + torch.nn.functional.softplus(-scores)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert scores.square().isfinite().all()
+    assert gradient.isfinite().all()
+
+
 def test_kto_by_hand():
     """Ratios 2 and -1 against a KL of 1/2, beta 1: good 1 - s(3/2) and 1 - s(-3/2), bad 1 - s(-3/2) and 1 - s(3/2)."""
     ratios = torch.tensor([2.0, -1.0, 2.0, -1.0], dtype=torch.float64)

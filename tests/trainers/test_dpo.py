@@ -71,6 +71,21 @@ def test_a_continued_adapter_is_its_own_reference(trainer, make_model, tokenizer
     assert steps[1]["rewards/margins"] > 0.0
 
 
+def test_a_run_saved_where_it_began_has_lost_its_reference_and_says_so(trainer, make_model, tokenizer, run, tmp_path):
+    """Its folder then holds the half-trained adapter, which must not become the frozen one of the resumed run."""
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    first = trainer(str(tmp_path / "base"), lora_config(r=4), num_train_epochs=1, learning_rate=1e-2)
+    run(first)
+    again = {"num_train_epochs": 4, "learning_rate": 1e-2, "output_dir": first.args.output_dir, "save_steps": 1}
+    second = trainer(first.args.output_dir, **again)
+    second.after_step = lambda: second.step == 2 and second.stop("enough")
+    run(second)
+    third = trainer(first.args.output_dir, **again)
+    with pytest.raises(UserError, match="another reference or reward model than this run has loaded"):
+        third.train(resume_from_checkpoint=True)
+
+
 FORMULAS = {
     # kind -> loss of w = log ratio of chosen, l = of rejected, beta, label_smoothing
     "sigmoid": lambda w, l, b, e: -(1 - e) * log_sigmoid(b * (w - l)) - e * log_sigmoid(b * (l - w)),

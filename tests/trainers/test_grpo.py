@@ -332,6 +332,25 @@ def test_an_unscored_response_is_in_no_baseline_and_teaches_nothing(trainer, mod
     assert got == pytest.approx([0.25 / (0.25 + EPS), -0.25 / (0.25 + EPS), 0.0, 0.0], abs=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_the_loss_with_unscored_responses_is_that_without_them(loss_type, trainer, model):
+    """In numerator, KL and denominator: a storm of faults must not shrink the step."""
+
+    def three_of_four(completions, **_):
+        return [None if c == "3 or so" else by_hand([c])[0] for c in completions]
+
+    made = trainer(model, reward=three_of_four, loss_type=loss_type, beta=0.1)
+    records = made.collect(made.train_records)
+    scored = [e for e in records if not math.isnan(e.reward)]
+    assert 0 < len(scored) < len(records)
+    with torch.no_grad():
+        for p in made.policy.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    losses = [float(next(made.losses(part, made.own_window(part)))[0]) for part in (records, scored)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != 0.0
+
+
 def test_group_metrics_look_at_what_was_scored():
     nan = math.nan
     rewards = torch.tensor([1.0, 0.0, nan, nan, 2.0, 2.0, 2.0, nan, nan, nan, nan, nan])
