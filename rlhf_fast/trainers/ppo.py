@@ -62,6 +62,8 @@ class PPOConfig(RLConfig):
         for name in ("kl_target", "target_kl", "reward_clip"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, or unset")
+        if self.kl_target is not None and self.kl_coef <= 0:
+            raise UserError(f"kl_target adapts kl_coef, which is {self.kl_coef}; start from one above 0")
 
 
 class PPOTrainer(RLTrainer):
@@ -202,11 +204,11 @@ class PPOTrainer(RLTrainer):
                 clip_low=a.cliprange,
                 ref_logprobs=packed(records, "ref_logprobs", batch) if a.beta else None,
                 kl_coef=a.beta,
+                entropy=entropy if a.entropy_coef else None,
+                entropy_coef=a.entropy_coef,
                 denominator=window.tokens,
                 cu_seqlens=batch.cu_seqlens,
             )
-            if a.entropy_coef:
-                loss = loss - a.entropy_coef * entropy.sum() / window.tokens
             figures = {
                 "objective/entropy": entropy.detach().sum() / max(tokens, 1),
                 "policy/approxkl_avg": metrics["approx_kl"],

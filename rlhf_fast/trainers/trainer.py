@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -45,6 +45,7 @@ from .resume import load_best, resume, save
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 3
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class Trainer(Algorithm):
@@ -78,6 +79,11 @@ class Trainer(Algorithm):
             mixed_precision="no",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
+        if self.accelerator.distributed_type not in DISTRIBUTED:
+            raise UserError(
+                f"accelerate was told to use {self.accelerator.distributed_type.value}, and runs of several processes are "
+                "replicas here (DDP): start them with `accelerate launch --multi_gpu` or torchrun"
+            )
         self.ranks = Ranks(self.accelerator)
         self.policy = build_policy(
             model,

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
@@ -250,6 +252,8 @@ def test_rollouts_fill_so_many_slots_and_are_evaluated_on_a_few_prompts(make_mod
         (DPOConfig, {"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing has no effect"),
         (GRPOConfig, {"loss_type": "grop"}, "loss_type is 'grop'; choose one of grpo, dapo"),
         (GRPOConfig, {"loss_type": "cispo"}, "cispo needs epsilon_high"),
+        (GRPOConfig, {"loss_type": "reinforce", "num_iterations": 2}, "reinforce has no ratio that would correct"),
+        (PPOConfig, {"kl_coef": 0.0, "kl_target": 6.0}, "kl_target adapts kl_coef, which is 0.0"),
         (GRPOConfig, {"loss_type": "reinforce", "importance_sampling_level": "sequence"}, "no ratio"),
         (GRPOConfig, {"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         (GRPOConfig, {"scale_rewards": "std"}, "scale_rewards is 'std'"),
@@ -407,3 +411,10 @@ def test_a_layer_called_like_a_role_is_not_taken_for_its_adapter(make_model, tok
     assert names["policy"].keys() == names["value"].keys()
     assert all(p.requires_grad for p in names["policy"].values())
     assert not any(p.requires_grad for p in names["value"].values())
+
+
+def test_shards_of_a_model_are_refused(make_model, tokenizer, settings, monkeypatch):
+    """Checkpoints would hold the first process's shard only."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="told to use FSDP, and runs of several processes are replicas here"):
+        SFTTrainer(make_model(), SFTConfig(**settings()), train_dataset=ROWS, processing_class=tokenizer)
