@@ -135,7 +135,7 @@ def test_the_wheel_says_what_it_is(wheel):
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     # optional packages must stay optional: a test machine cannot build flash-attn
     assert not [line for line in needed if line.startswith(("bitsandbytes", "flash-attn", "liger", "trl"))]
-    extras = {"test", "dev", "qlora", "serve", "flash-attn", "peers", "tensorboard", "wandb"}
+    extras = {"test", "dev", "math", "qlora", "serve", "flash-attn", "peers", "tensorboard", "wandb"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,7 @@ def make(make_model, tokenizer, settings, scripted):
 
 def peak_bytes(f) -> int:
     """The most bytes that ``f`` had allocated at a time, counted at the allocator: also inside of operations."""
+    gc.collect()  # what an earlier count had seen made must not be seen going in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         f()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
