@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_fast.run.memory import GB, Job, Plan, choose, find_shape, gpu_bytes, plan
+from rlhf_fast.run.memory import GB, METHODS, SIZES, Job, Plan, choose, find_shape, plan
 
 PAGE = Path(__file__).parent / "results" / "plan.md"
 MODELS = ("Qwen2.5-7B", "Llama-3.1-8B")
-METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
 LENGTHS = (2048, 8192, 32768)
-CARDS = ("24", "48", "80", "141")
 INTRODUCTION = """# What the memory plan says
 
 Of Qwen2.5-7B and Llama-3.1-8B, LoRA of rank 16 (`rlhf-fast plan --model MODEL --method METHOD --length TOKENS`), in GB. These are
@@ -42,11 +40,11 @@ def page() -> str:
     parts = [INTRODUCTION]
     for model in MODELS:
         shape = find_shape(model)
-        parts.append(f"\n## {model}\n\n| method | tokens | {' | '.join(f'{c} GB' for c in CARDS)} |\n|{'---|' * 6}\n")
+        parts.append(f"\n## {model}\n\n| method | tokens | {' | '.join(f'{c} GB' for c in SIZES)} |\n|{'---|' * 6}\n")
         for method in METHODS:
             for length in LENGTHS:
                 job = Job(shape=shape, method=method, length=length)
-                cells = " | ".join(cell(choose(job, gpu_bytes(card))) for card in CARDS)
+                cells = " | ".join(cell(choose(job, card * GB)) for card in SIZES)
                 parts.append(f"| {method} | {length:,} | {cells} |\n")
     parts.append(BY_HAND)
     for name, (settings, worked) in WORKED.items():

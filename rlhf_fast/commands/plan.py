@@ -15,8 +15,6 @@ from rlhf_fast.errors import UserError
 if TYPE_CHECKING:
     from rlhf_fast.run.memory import Job, Plan
 
-GPUS = ("24", "48", "80", "141")
-METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
 # option -> field of a job
 FIELDS = {
     "length": "length",
@@ -53,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
+    from rlhf_fast.run.memory import METHODS, SIZES
+
     parser = Parser(
         "plan",
         "Print what a run needs in memory, part by part, and the settings that make it fit; nothing is loaded. With one "
@@ -66,14 +66,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
     add("--method", choices=METHODS, help="algorithm; that of the --config, or sft")
     add("--length", type=_count, help="tokens of the longest sequence, prompt included; 2048 when nothing says")
     add("--prompt_length", type=_count, help="tokens of its prompt, when sampling; a quarter when nothing says")
-    add("--gpu", nargs="+", default=GPUS, help="sizes in GB, or names as rtx4090, h100")
+    add("--gpu", nargs="+", default=[str(size) for size in SIZES], help="sizes in GB, or names as rtx4090, h100")
     add("--full", type=_switch, nargs="?", const=True, help="train all weights rather than a LoRA adapter")
     add("--base", choices=("bf16", "nf4"), help="frozen weights; the plan chooses when nothing says")
     add("--lora_r", type=_count, help="rank of the adapters; 16 when nothing says")
     add("--lora_target_modules", nargs="+", metavar="NAME", help="layers with an adapter, lm_head too; or all-linear")
     add("--optim", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), help="8 or 2 bytes a weight; adamw")
     add("--kernels", choices=("fused", "peft"), help="whose layers run; fused when nothing says")
-    add("--beta", type=float, help="of GRPO: above 0 it needs a reference; 0 when nothing says")
+    add("--beta", type=float, help="of GRPO: above 0 it needs a reference; that of the --config, or 0")
     add("--micro_batch_tokens", type=_count, help="fixed; the plan chooses when nothing says")
     add("--gradient_checkpointing", type=_switch, help="true or false; the plan chooses when nothing says")
     add("--offload_activations", type=_switch, help="true or false; the plan chooses when nothing says")
@@ -97,7 +97,7 @@ def _switch(word: str) -> bool:
 
 def _job(args: Namespace) -> tuple[Job, set[str]]:
     """The job, and the names of its fields that options, config or run settle: options first, then as they come."""
-    from rlhf_fast.run.memory import Job, find_shape, sources
+    from rlhf_fast.run.memory import REFERENCED, Job, find_shape, sources
 
     flags = {field: value for option, field in FIELDS.items() if (value := getattr(args, option)) is not None}
     if isinstance(targets := flags.get("lora_targets"), list):
@@ -107,6 +107,8 @@ def _job(args: Namespace) -> tuple[Job, set[str]]:
     if flags.get("base") == "nf4":
         flags["full"] = False
     method, config = _config(args) if args.config else (args.method or "sft", None)
+    if method == "grpo" and config and args.beta is not None:
+        config = replace(config, beta=args.beta)
     model = args.model or (config and config.model_name_or_path)
     if not model:
         raise UserError("say which model: --model NAME or FOLDER, or model_name_or_path in the --config file")
@@ -115,8 +117,11 @@ def _job(args: Namespace) -> tuple[Job, set[str]]:
     fields = {**sources.combine(sources.of_run(model), settings), **flags, "method": method}
     if fields.get("full") and fields.get("base") == "nf4":  # a run's, of which --full takes the model alone
         del fields["base"]
-    beta = args.beta if args.beta is not None else getattr(config, "beta", 0.0)
-    reference = sources.needs_reference(method, model, fields.get("full", False), beta)
+    if config is None:
+        needed = method in REFERENCED or (method == "grpo" and bool(args.beta))
+    else:
+        needed = config.needs_reference
+    reference = sources.has_reference(needed, model, fields.get("full", False))
     job = Job(shape=find_shape(model), reference=reference, **fields)
     if config is not None:
         job = replace(job, window_tokens=sources.window_tokens(config, job.unit))
@@ -130,6 +135,7 @@ def _config(args: Namespace) -> tuple[str, Any]:
 
     from rlhf_fast.cli import COMMANDS
     from rlhf_fast.run.config import parse_config
+    from rlhf_fast.run.memory import METHODS
 
     word = Path(args.config).name.removesuffix(".yaml").split("-")[0]
     method = args.method or (word if word in METHODS else None)

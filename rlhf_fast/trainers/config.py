@@ -113,6 +113,11 @@ class TrainerConfig:
         one_of("attn_implementation", self.attn_implementation, CHOICES)
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the run compares the policy with a frozen reference."""
+        return False
+
+    @property
     def watches_evaluations(self) -> bool:
         """Whether evaluations decide what is kept, or when the run ends."""
         return bool(self.metric_for_best_model or self.load_best_model_at_end or self.early_stopping_patience)
@@ -144,6 +149,12 @@ class RLConfig(TrainerConfig):
     vllm_enable_sleep_mode: bool = False  # vLLM gives its GPU memory back while the policy is updated
     vllm_gpu_memory_utilization: float = 0.3  # share of the GPU that vLLM takes in colocate mode
     vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by on a probe
+
+    @property
+    def vllm_share(self) -> float:
+        """Share of the GPU that training cannot have: of a vLLM in this process that keeps its memory during updates."""
+        awake = self.use_vllm and self.vllm_mode == "colocate" and not self.vllm_enable_sleep_mode
+        return self.vllm_gpu_memory_utilization if awake else 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,8 +53,12 @@ class DPOConfig(TrainerConfig):
             check(self.loss_type, self.coefficients)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if self.precompute_ref_log_probs and not any(PAIRED[kind].reference for kind in self.loss_type):
+        if self.precompute_ref_log_probs and not self.needs_reference:
             raise UserError(f"precompute_ref_log_probs: loss_type {', '.join(self.loss_type)} needs no reference")
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(PAIRED[kind].reference for kind in self.loss_type)
 
     @property
     def coefficients(self) -> Coefficients:
@@ -81,13 +85,13 @@ class DPOTrainer(Trainer):
         return list(zip((PAIRED[kind] for kind in a.loss_type), a.loss_weights or [1.0] * len(a.loss_type)))
 
     def any_is(self, what: str) -> bool:
-        """Whether any of the losses is ``what``: reference, coupled, centred."""
+        """Whether any of the losses is ``what``: coupled, centred."""
         return any(getattr(row, what) for row, _ in self.terms)
 
     def add_roles(self) -> None:
-        if self.any_is("reference"):
+        if self.args.needs_reference:
             self.policy.add_reference()
-        self.say(f"reference: {self.policy.reference if self.any_is('reference') else 'none, the loss needs none'}")
+        self.say(f"reference: {self.policy.reference if self.args.needs_reference else 'none, the loss needs none'}")
 
     def prepare_data(self, records) -> list[Preference]:
         a = self.args
@@ -117,7 +121,7 @@ class DPOTrainer(Trainer):
     def collect(self, records: list[Preference]) -> list[Preference]:
         """With what is fixed for a step. Copies: kept beside the data it would be of another epoch's micro-batches."""
         self.step_rewards = torch.zeros_like(self.rewards)
-        if self.any_is("reference") and not self.args.precompute_ref_log_probs:
+        if self.args.needs_reference and not self.args.precompute_ref_log_probs:
             sums = response_logprobs(self, records)
             records = [replace(r, ref_logprobs=s) for r, s in zip(records, sums)]
         return self._couple(records) if self.any_is("coupled") else records
@@ -153,7 +157,7 @@ class DPOTrainer(Trainer):
 
     def _pairs(self, sums: Tensor, records: list[Preference], window: Window) -> Pairs:
         reference: list[Any] = [None, None]
-        if self.any_is("reference"):
+        if self.args.needs_reference:
             reference = sums.new_tensor([r.ref_logprobs for r in records]).unbind(1)
         tokens = sums.new_tensor([[sum(e.response_mask) for e in r.responses] for r in records]).unbind(1)
         nll = -sums[:, 0] * window.records / window.chosen_tokens
@@ -163,7 +167,7 @@ class DPOTrainer(Trainer):
     def _figures(self, pairs: Pairs) -> dict[str, Tensor]:
         pairs = Pairs(*(x.detach() if isinstance(x, Tensor) else x for x in pairs))
         chosen, rejected = (
-            self.args.beta * x for x in ((pairs.w, pairs.l) if self.any_is("reference") else pairs.per_token())
+            self.args.beta * x for x in ((pairs.w, pairs.l) if self.args.needs_reference else pairs.per_token())
         )
         if torch.is_grad_enabled() and self.any_is("centred"):
             seen = torch.stack([(chosen + rejected).double().sum().cpu(), torch.tensor(2.0 * len(chosen))])

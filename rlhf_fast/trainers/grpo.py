@@ -88,6 +88,10 @@ class GRPOConfig(RLConfig):
                 f"per_device_train_batch_size * gradient_accumulation_steps = {batch} responses"
             )
 
+    @property
+    def needs_reference(self) -> bool:
+        return bool(self.beta or self.kl_coef)
+
 
 class GRPOTrainer(RLTrainer):
     """Reinforcement learning from reward functions, with the group's mean as baseline."""
@@ -98,7 +102,7 @@ class GRPOTrainer(RLTrainer):
     learning_rates = (1e-6, 1e-5)
 
     def add_roles(self) -> None:
-        if self.args.beta or self.args.kl_coef:
+        if self.args.needs_reference:
             self.policy.add_reference()
             self.say(f"reference: {self.policy.reference}")
 
@@ -133,7 +137,7 @@ class GRPOTrainer(RLTrainer):
         a = self.args
         # unless it is asked for, the policy does not move between sampling and its only step
         old = a.num_iterations > 1 or bool(a.kl_coef) or self.corrects
-        return ["advantages", *["old_logprobs"] * old, *["ref_logprobs"] * bool(a.beta or a.kl_coef)]
+        return ["advantages", *["old_logprobs"] * old, *["ref_logprobs"] * a.needs_reference]
 
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:

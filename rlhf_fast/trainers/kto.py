@@ -39,6 +39,10 @@ class KTOConfig(TrainerConfig):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
 
 class KTOTrainer(Trainer):
     """Raise what was found good and lower what was found bad, each judged against the policy's drift as a whole.
@@ -48,7 +52,7 @@ class KTOTrainer(Trainer):
     """
 
     config_class = KTOConfig
-    method = "dpo"
+    method = "kto"
     headline = ("loss", "rewards/chosen", "rewards/rejected")
     learning_rates = (1e-6, 5e-6)
 

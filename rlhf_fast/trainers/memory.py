@@ -47,7 +47,9 @@ def job_of(trainer: Trainer) -> Job:
         checkpointing=a.gradient_checkpointing is not False,
         offload=bool(a.offload_activations),
         device=trainer.accelerator.device.type,
-        reward_model=bool(getattr(a, "reward_model_path", None)),
+        reference="reference" in policy.adapters.names or "reference" in policy.copies,
+        vllm_share=getattr(a, "vllm_share", 0.0),
+        reward_models=len(getattr(a, "reward_models", ())),
         **trainer.sizes(),
     )
     return replace(job, kernels="fused" if _fused(policy, job) else "peft")

@@ -65,6 +65,16 @@ class PPOConfig(RLConfig):
         if self.kl_target is not None and self.kl_coef <= 0:
             raise UserError(f"kl_target adapts kl_coef, which is {self.kl_coef}; start from one above 0")
 
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def reward_models(self) -> list[str]:
+        """Run folders of the reward models."""
+        paths = self.reward_model_path or []
+        return [paths] if isinstance(paths, str) else list(paths)
+
 
 class PPOTrainer(RLTrainer):
     """PPO with a KL-penalised reward, a critic on the policy's base, and clipped policy and value losses."""
@@ -89,7 +99,7 @@ class PPOTrainer(RLTrainer):
         self.policy.add_reference()
         self.say(f"reference: {self.policy.reference}")
         self.policy.add_role("value", trainable=True, head=True)
-        models = attach_reward_models(self.policy, self.args.reward_model_path or [])
+        models = attach_reward_models(self.policy, self.args.reward_models)
         for m in models:
             where = "an adapter on the policy's base" if m.policy is self.policy else "a model of its own in memory"
             self.say(f"{m.__name__}: {where}")

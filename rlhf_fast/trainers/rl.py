@@ -112,7 +112,6 @@ class RLTrainer(Trainer):
             "micro_batch_tokens": self.micro_batch_tokens or length * a.per_device_train_batch_size,
             "window_tokens": length * a.per_device_train_batch_size * a.gradient_accumulation_steps,
             "rollout_batch_size": a.rollout_batch_size,
-            "reference": "reference" in self.policy.adapters.names or "reference" in self.policy.copies,
         }
 
     def largest(self) -> list[Experience]:

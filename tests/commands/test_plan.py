@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_fast import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig
 from rlhf_fast.cli import main
 from rlhf_fast.models.scratch import new_model
 from rlhf_fast.run.config import build_config, save_config
+from rlhf_fast.run.memory import METHODS, REFERENCED
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +28,7 @@ def ask(capsys, *argv):
 
 
 @pytest.mark.parametrize("model", ["Qwen2.5-7B", "Llama-3.1-8B"])
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_question_has_an_answer(model, method, capsys):
     began = time.perf_counter()
     for length in (2048, 8192, 32768):
@@ -177,6 +179,63 @@ def test_a_recipe_is_planned_as_its_trainer_would_run_it(capsys):
     assert part(changed, "mask of the prompts") == 64 / 4 * 512**2
 
 
+def test_a_recipe_of_kto_is_planned_with_responses_one_by_one(capsys):
+    answer = one(capsys, "--config", "kto-7b-lora", "--micro_batch_tokens", 1)
+    assert (answer["method"], answer["length"]) == ("kto", 2048)
+    assert answer["settings"]["micro_batch_tokens"] == 2048, "no pairs"
+
+
+def test_methods_have_a_reference_without_a_config_where_their_default_configs_need_one():
+    configs = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
+    configs |= {"ppo": PPOConfig, "grpo": GRPOConfig}
+    assert configs.keys() == set(METHODS)
+    assert {method for method, config in configs.items() if config().needs_reference} == set(REFERENCED)
+
+
+@pytest.mark.parametrize(
+    ("method", "lines", "frozen"),
+    [
+        ("dpo", [], 1),
+        ("dpo", ["loss_type: [orpo]"], 0),
+        ("dpo", ["loss_type: [simpo]"], 0),
+        ("dpo", ["loss_type: [cpo]"], 0),
+        ("dpo", ["loss_type: [sft, sigmoid]"], 1),
+        ("kto", [], 1),
+        ("grpo", [], 0),
+        ("grpo", ["beta: 0.1"], 1),
+        ("grpo", ["kl_coef: 0.1"], 1),
+        ("ppo", ["reward_model_path: runs/a"], 2),
+        ("ppo", ["reward_model_path: [runs/a, runs/b, runs/c]"], 4),
+        ("ppo", ["reward_funcs: [answer]"], 1),
+    ],
+)
+@pytest.mark.parametrize("full", ["true", "false"])
+def test_frozen_models_are_counted_as_the_trainer_would_hold_them(
+    method, lines, frozen, full, tmp_path, run_folder, capsys
+):
+    """Whole models in full fine-tuning, adapters where a trained one goes on."""
+    path = tmp_path / f"{method}.yaml"
+    path.write_text("\n".join(["max_steps: 1", *lines]))
+    model = "Qwen2.5-7B" if full == "true" else run_folder
+    answer = one(capsys, "--config", path, "--model", model, "--full", full, "--length", 512)
+    adapter = 64 * (28 * (3584 + 3584 + 3584 + 512) + 3584 + 152_064)
+    what, one_of_them = ("models", part(answer, "weights, float32")) if full == "true" else ("adapters", 4 * adapter)
+    assert part(answer, f"frozen {what}") == frozen * one_of_them
+
+
+@pytest.mark.parametrize(
+    ("mode", "sleeps", "share"), [("colocate", "false", 0.4), ("colocate", "true", 0), ("server", "false", 0)]
+)
+def test_what_a_vllm_on_the_same_gpu_keeps_is_not_there_for_training(mode, sleeps, share, tmp_path, capsys):
+    path = tmp_path / "grpo.yaml"
+    lines = ["use_peft: true", "use_vllm: true", "vllm_gpu_memory_utilization: 0.4"]
+    lines += [f"vllm_mode: {mode}", f"vllm_enable_sleep_mode: {sleeps}"]
+    path.write_text("\n".join(lines))
+    answer = one(capsys, "--config", path, "--model", "Qwen2.5-7B")
+    assert part(answer, "vLLM") == share * 80e9
+    assert answer["needed"] <= answer["available"]
+
+
 def test_a_config_of_ones_own_says_what_stays_and_what_the_plan_chooses(tmp_path, capsys, run_folder):
     path = tmp_path / "dpo-mine.yaml"
     lines = ["use_peft: true", "max_length: 3000", "gradient_checkpointing: true", "offload_activations: true"]
@@ -205,7 +264,7 @@ def test_a_config_of_ones_own_says_what_stays_and_what_the_plan_chooses(tmp_path
     assert one(capsys, "--config", rl, "--length", 4096)["length"] == 4096
 
 
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("method", METHODS)
 def test_tables_fit_80_columns_without_a_broken_word(method, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     asked = ["--model", "Llama-3.1-8B", "--method", method]

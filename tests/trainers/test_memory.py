@@ -29,7 +29,7 @@ from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine
 from rlhf_fast.run.checkpoint import rng_state
 from rlhf_fast.run.memory import GB, Job, Part, Plan, Shape, find_shape, plan
-from rlhf_fast.trainers.memory import _ballast, check, compare, plan_of, weights_of
+from rlhf_fast.trainers.memory import _ballast, check, compare, job_of, plan_of, weights_of
 
 ROWS = [{"prompt": f"{i}. ", "completion": w} for i, w in enumerate(["a", "to be", "seventeen", "q", "1,000,000"])]
 PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"][:1] + "?"} for r in ROWS]
@@ -314,6 +314,23 @@ def test_a_model_without_a_plan_trains_as_the_config_says(make, monkeypatch, cap
     assert made.micro_batch_tokens is None
     assert made.policy.model.is_gradient_checkpointing
     assert "no memory plan: config.json has no hidden_size" in capsys.readouterr().out
+
+
+def test_the_job_of_a_run_says_what_its_config_needs(make):
+    """A copy of the weights where the loss has a reference, and the share of the GPU that a vLLM keeps."""
+    for method, more, reference in (
+        ("sft", {}, False),
+        ("dpo", {}, True),
+        ("dpo", {"loss_type": ["orpo"]}, False),
+        ("grpo", {"beta": 0.0}, False),
+        ("grpo", {"beta": 0.0, "kl_coef": 0.1}, True),
+        ("ppo", {}, True),
+    ):
+        made = make(method, **more)
+        assert job_of(made).reference == made.args.needs_reference == reference
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.25}
+    assert job_of(make("grpo", use_peft=True, **vllm)).vllm_share == 0.25
+    assert job_of(make("grpo", use_peft=True)).vllm_share == 0
 
 
 # ---- the rehearsal

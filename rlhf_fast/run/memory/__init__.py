@@ -20,9 +20,9 @@ takes nothing of the GPU.
 """
 
 from .activations import saved_per_token
-from .job import GB, METHODS, WHENS, Job, Part
+from .job import GB, METHODS, REFERENCED, WHENS, Job, Part
 from .parts import OPTIMIZER_BYTES, SAMPLING, head_rows, kv_per_token, passes, resident, rollout
-from .planning import CONTEXT_BYTES, FREE, GPUS, SLACK, Plan, as_dict, attempts, choose, gpu_bytes, plan
+from .planning import CONTEXT_BYTES, FREE, GPUS, SIZES, SLACK, Plan, as_dict, attempts, choose, gpu_bytes, plan
 from .shapes import ARCHITECTURES, PRESETS, Shape, Traits, find_shape
 
 __all__ = [
@@ -34,7 +34,9 @@ __all__ = [
     "METHODS",
     "OPTIMIZER_BYTES",
     "PRESETS",
+    "REFERENCED",
     "SAMPLING",
+    "SIZES",
     "SLACK",
     "WHENS",
     "Job",

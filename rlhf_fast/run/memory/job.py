@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from .shapes import Linear, Shape
 
-METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
+METHODS = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
+REFERENCED = ("dpo", "kto", "ppo")  # compare with a reference by default; a config says so itself: ``needs_reference``
 GB = 10**9
 WHENS = ("always", "gradients", "inputs", "update", "head", "layer", "prefill", "decode", "outside", "host")
 
@@ -35,8 +36,11 @@ class Job:
     offload: bool = False
     rollout_batch_size: int = 128  # sequences sampled at a time
     num_generations: int = 8  # of which so many share a prompt, in GRPO
-    reward_model: bool = True  # PPO scores with a reward model
-    reference: bool = False  # an adapter of its own is the reference: the policy continues a trained one
+    reward_models: int = 1  # frozen, that score in PPO
+    reference: bool = (
+        False  # the reference has weights of its own: in full fine-tuning, or where a trained adapter goes on
+    )
+    vllm_share: float = 0.0  # of the device, which a vLLM in the same process takes
     device: str = "cuda"
 
     @property

@@ -23,14 +23,14 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": _8BIT, "paged_adamw_8bit": _8BIT}
 def resident(job: Job) -> list[Part]:
     """Weights, gradients and optimizer state: there from the first step to the last."""
     shape, counts = job.shape, job.shape.parameters()
+    frozen = int(job.reference) + (job.reward_models if job.method == "ppo" else 0)
     if job.full:
-        copies = {"sft": 0, "reward": 0, "dpo": 1, "grpo": int(job.reference), "ppo": 1 + job.reward_model}[job.method]
         trained = sum(counts.values())
         parts = [Part("weights, float32", 4 * trained, "always"), *_trained(job, trained, "all weights")]
         if job.method == "ppo":
             parts += [Part("critic, a second model", 4 * trained, "always"), *_trained(job, trained, "the critic")]
-        if copies:
-            parts.append(Part(f"frozen models ({copies})", 4 * copies * trained, "always"))
+        if frozen:
+            parts.append(Part(f"frozen models ({frozen})", 4 * frozen * trained, "always"))
     else:
         wide = 4 if job.base == "fp32" else 2
         linear = NF4_BYTES if job.base == "nf4" else wide
@@ -43,7 +43,6 @@ def resident(job: Job) -> list[Part]:
         parts.append(Part("norms and biases", wide * counts["rest"], "always"))
         adapter = shape.adapter_parameters(job.lora_r, job.lora_targets)
         trained = adapter * (2 if job.method == "ppo" else 1)
-        frozen = int(job.reference) + (job.method == "ppo" and job.reward_model)
         names = "both adapters" if job.method == "ppo" else "adapter"
         parts += [Part(f"{names}, float32", 4 * trained, "always"), *_trained(job, trained, names)]
         if frozen:

@@ -17,8 +17,7 @@ from .parts import OPTIMIZER_BYTES, passes, resident, rollout, rollout_peak
 CONTEXT_BYTES = 600_000_000  # CUDA context, cuBLAS workspaces, loaded kernels
 SLACK = 0.04  # of the peak: rounding and fragments in the caching allocator
 SEQUENCES = (32, 8)  # sampled at a time: what a plan wants, and what it takes; fewer leave a GPU idle
-
-
+SIZES = (24, 48, 80, 141)  # GB of the GPUs that a plan compares
 # GiB that torch reports, less than on the box: error correction and the driver take their part
 GPUS = {
     "rtx3090": 23.6,
@@ -129,7 +128,7 @@ def plan(
     """
     always = list(weights if weights is not None else resident(job))
     if job.samples and available is not None:
-        room = available / (1 + SLACK) - CONTEXT_BYTES - sum(p.bytes for p in always)
+        room = available * (1 - job.vllm_share) / (1 + SLACK) - CONTEXT_BYTES - sum(p.bytes for p in always)
         group = 8 * job.num_generations  # prompts are shared: count whole groups
         most = int(room / (rollout_peak(rollout(job, group)) / group)) if room > 0 else 0
         least = min(sequences, job.rollout_batch_size)
@@ -139,6 +138,8 @@ def plan(
     if job.device == "cpu":
         return made
     outside = [Part("CUDA context", CONTEXT_BYTES, "outside"), Part("allocator slack", SLACK * made.tensors, "outside")]
+    if available is not None and job.vllm_share:
+        outside.append(Part("vLLM", job.vllm_share * available, "outside"))
     return replace(made, parts=(*made.parts, *outside))
 
 
@@ -193,10 +194,12 @@ def _changes(job: Job, available: int, weights: Sequence[Part] | None, free: Col
         return
     # another base is another model, which nobody has counted
     source = "" if weights is None else " (weights by the config's sizes, not counted)"
+    # of a fresh adapter the base is the reference
+    fresh = {"full": False, "reference": False if job.full else job.reference}
     lora = "use_peft: true, " if job.full else ""
-    if job.full and best(full=False, base="bf16").fits:
+    if job.full and best(**fresh, base="bf16").fits:
         yield lora + "an adapter on frozen weights instead of training them all" + source
-    elif job.base != "nf4" and "base" not in free and best(full=False, base="nf4").fits:
+    elif job.base != "nf4" and "base" not in free and best(**fresh, base="nf4").fits:
         yield lora + "load_in_4bit: true, the frozen base in 4 bit" + source
     if job.optimizer == "adamw" and best(optimizer="adamw_8bit").fits:
         yield "optim: adamw_8bit, two bytes of optimizer state a weight instead of eight"
@@ -208,8 +211,8 @@ def _changes(job: Job, available: int, weights: Sequence[Part] | None, free: Col
         if best(length=length, prompt_length=None).fits:
             yield f"sequences of at most {length:,} tokens"
             break
-    size = next((size for size in (24, 48, 80, 141) if best(size=size * GB).fits), None)
-    yield f"a GPU of {size} GB" if size else "a smaller model: no GPU of up to 141 GB holds this one"
+    size = next((size for size in SIZES if best(size=size * GB).fits), None)
+    yield f"a GPU of {size} GB" if size else f"a smaller model: no GPU of up to {SIZES[-1]} GB holds this one"
 
 
 def _still_true(weights: Sequence[Part] | None, job: Job, values: dict[str, Any]) -> Sequence[Part] | None:

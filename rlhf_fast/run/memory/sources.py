@@ -76,11 +76,12 @@ def _sampling(method: str, config: Any, length_given: bool) -> dict[str, Any]:
         "length": (c.max_prompt_length or 0) + c.max_completion_length,
         "prompt_length": c.max_prompt_length,
         "rollout_batch_size": c.rollout_batch_size,
+        "vllm_share": c.vllm_share,
     }
     if method == "grpo":
         return known | {"num_generations": c.num_generations}
     # recipes leave both to the command line, where a reward model is the usual one
-    return known | {"reward_model": bool(c.reward_model_path) or not c.reward_funcs}
+    return known | {"reward_models": len(c.reward_models) or int(not c.reward_funcs)}
 
 
 def window_tokens(config: Any, unit: int) -> int:
@@ -95,14 +96,9 @@ def combine(run: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {**run, **settings, **own, **kept}
 
 
-def needs_reference(method: str, model: str, full: bool, beta: float) -> bool:
-    """Whether the reference has weights of its own: with LoRA it is the base, unless a trained adapter goes on.
-
-    Of full fine-tuning that depends on the settings in GRPO alone; ``beta`` is GRPO's.
-    """
-    if method == "grpo":
-        return beta > 0 and (full or continues_adapter(model))
-    return method in ("dpo", "ppo") and not full and continues_adapter(model)
+def has_reference(needed: bool, model: str, full: bool) -> bool:
+    """Whether a reference that is ``needed`` has weights of its own: with LoRA it is the base, unless a trained adapter goes on."""
+    return needed and (full or continues_adapter(model))
 
 
 def _read(path: Path) -> dict[str, Any]:
