@@ -265,4 +265,4 @@ def _requests(prompt_ids: Sequence[Sequence[int]], args: argparse.Namespace, sta
 
 def _row(prompt: Prompt, text: str, sample: Sample) -> dict[str, Any]:
     shape = {"finish_reason": sample.finish_reason, "tokens": len(sample.ids)}
-    return {"prompt": prompt.prompt, "completion": text, **shape, **prompt.columns}
+    return {**prompt.columns, "prompt": prompt.prompt, "completion": text, **shape}

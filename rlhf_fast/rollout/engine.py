@@ -105,9 +105,11 @@ def awake(engine: Engine) -> Iterator[None]:
     sleeps = "sleep" in engine.capabilities
     if sleeps:
         engine.wake()
-    yield
-    if sleeps:
-        engine.sleep()
+    try:
+        yield
+    finally:
+        if sleeps:
+            engine.sleep()
 
 
 def check_for_rl(

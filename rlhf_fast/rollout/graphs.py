@@ -33,7 +33,7 @@ class DecodeGraphs:
     def __init__(self, model: Any, cache: SlotCache, integers: Tensor) -> None:
         self.model, self.cache, self.integers = model, cache, integers
         self.graphs: dict[tuple[int, int], Callable[[], Tensor]] = {}
-        self.shape = (0, 0)  # of the cache that the graphs write to
+        self.moves = 0  # of the cache, when the graphs were captured
         self.pool: Any = None  # of memory, shared: graphs run one after the other
         self.refusal: str | None = None  # why this model is not captured
 
@@ -42,13 +42,13 @@ class DecodeGraphs:
         the next call."""
         if self.refusal is not None:
             return self.run(count, length)
-        if (shape := (self.cache.rows, self.cache.length)) != self.shape:
+        if self.cache.moves != self.moves:  # not the shape, to which it may have come back at other addresses
             self.graphs.clear()
-            self.shape = shape
-        key = (min(rounded_slots(count), shape[0]), min(rounded_keys(length), shape[1]))
+        key = (min(rounded_slots(count), self.cache.rows), min(rounded_keys(length), self.cache.length))
         if key not in self.graphs:
             try:
                 self.graphs[key] = self.capture(*key)
+                self.moves = self.cache.moves  # warming up may have made layers
             except RuntimeError as error:
                 self.refusal = (str(error).splitlines() or [type(error).__name__])[0]
                 logger.warning("decoding runs without CUDA graphs: %s", self.refusal)

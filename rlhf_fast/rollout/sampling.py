@@ -91,12 +91,12 @@ def sample(logits: Tensor, settings: Settings, uniforms: Tensor, seen: Tensor | 
     if settings.penalised:
         weights = (penalise(logits, seen, settings.repetition_penalty) / divisor).log_softmax(-1)
     kept, order = keep_top(weights.exp(), settings.top_k[:, 0], settings.top_p[:, 0], settings.min_p[:, 0])
-    rank = invert_cdf(kept, uniforms)
+    # drawn in the vocabulary's order, as without filters: what a row draws must not depend on its neighbours' settings
+    kept = torch.zeros_like(kept).scatter(1, order, kept)
+    token = invert_cdf(kept, uniforms)[:, None]
     if settings.some_greedy:
-        rank = torch.where(settings.temperature[:, 0] == 0, 0, rank)
-    rank = rank[:, None]
-    token = order.gather(1, rank)
-    share = kept.gather(1, rank).double() / kept.sum(-1, keepdim=True, dtype=torch.float64)
+        token = torch.where(settings.temperature == 0, order[:, :1], token)
+    share = kept.gather(1, token).double() / kept.sum(-1, keepdim=True, dtype=torch.float64)
     return Drawn(token.squeeze(1), logprobs.gather(1, token).squeeze(1), share.log().squeeze(1))
 
 

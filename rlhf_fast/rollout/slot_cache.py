@@ -41,20 +41,31 @@ class SlotCache:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows = self.length = 0
+        self.moves = 0  # how often a layer got another address
 
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for pair in self.layers.values() for x in pair)
 
     def resize(self, rows: int, length: int) -> None:
-        """Make or give back room, one layer after the other; what is in slots and places that remain is kept."""
+        """Make or give back room, one layer after the other; what is in slots and places that remain is kept.
+
+        When there is not enough memory for it, nothing is kept, and the error goes on.
+        """
         self.rows, self.length = rows, length
-        for index in list(self.layers):  # not the items: old layers must go one by one
-            self.layers[index] = tuple(self._resized(x) for x in self.layers.pop(index))
+        self.moves += 1
+        try:
+            for index in list(self.layers):  # not the items: old layers must go one by one
+                self.layers[index] = tuple(self._resized(x) for x in self.layers.pop(index))
+        except BaseException:  # half of it would be written out of bounds
+            self.layers.clear()
+            self.rows = self.length = 0
+            raise
 
     def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer whose new ones are ``k`` and ``v`` (B, Hk, T, d)."""
         if index not in self.layers:
+            self.moves += 1
             self.layers[index] = tuple(self._resized(x[:0, :, :0]) for x in (k, v))
         return self.layers[index]
 

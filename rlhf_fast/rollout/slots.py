@@ -185,6 +185,8 @@ class SlotEngine:
         """Give the memory of keys and values back. The next session makes it again."""
         self._refuse_while_open("sleep")
         self.cache = SlotCache()
+        if torch.cuda.is_initialized():  # what is cached is nobody else's
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Nothing to do."""

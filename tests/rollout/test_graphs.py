@@ -9,6 +9,7 @@ import torch
 
 from rlhf_fast.rollout import Request, SlotEngine
 from rlhf_fast.rollout.graphs import DecodeGraphs, rounded_keys, rounded_slots
+from rlhf_fast.rollout.slot_cache import SlotCache
 
 PROMPTS = [[5], [7, 9, 11], [30, 31, 32, 33, 34, 35, 36, 37, 38], [12, 13], [20, 0, 21, 0, 22]]
 
@@ -54,6 +55,22 @@ def test_slots_and_keys_that_are_not_live_change_nothing(make_policy, architectu
     # 11 is all there are; the cache grew, and with it the graphs were dropped
     assert {slots for slots, _ in Uncaptured.captured} >= {2, 8, 11}
     assert len({keys for _, keys in Uncaptured.captured}) > 1
+
+
+def test_graphs_are_dropped_when_the_cache_has_moved_even_if_it_is_back_at_its_old_shape():
+    cache, k = SlotCache(), torch.zeros(1, 2, 3, 4)
+    graphs = Uncaptured(None, cache, torch.zeros(8, 3, dtype=torch.long))
+    graphs.run = lambda slots, keys: torch.zeros(slots, 5)
+    cache.resize(8, 200)
+    cache.layer(0, k, k)
+    Uncaptured.captured.clear()
+    for _ in range(2):
+        graphs(8, 200)
+    assert Uncaptured.captured == [(8, 200)]
+    cache.resize(16, 100)  # no token is decoded at this shape
+    cache.resize(8, 200)
+    graphs(8, 200)
+    assert Uncaptured.captured == [(8, 200)] * 2
 
 
 def test_a_model_that_cannot_be_captured_runs_step_by_step_and_a_line_says_so(policy, caplog):

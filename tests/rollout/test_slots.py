@@ -14,7 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine, engine_for
-from rlhf_fast.rollout.slot_cache import slot_attention
+from rlhf_fast.rollout.slot_cache import SlotCache, slot_attention
 
 # lengths 1 to 9, more prompts than slots; the last holds the EOS id
 PROMPTS = [[5], [7, 9, 11], [30, 31, 32, 33, 34, 35, 36, 37, 38], [12, 13], [20, 0, 21, 0, 22]]
@@ -92,6 +92,38 @@ def test_the_same_seeds_give_the_same_tokens_at_any_number_of_slots(policy, filt
     assert len({tuple(ids) for group in at_one for ids in group}) == 20
     shuffled = SlotEngine(policy, slots=5, prefill_tokens=3).generate(requests[::-1])
     assert [[s.ids for s in g] for g in shuffled[::-1]] == at_one
+
+
+@pytest.mark.parametrize(
+    "more", [{"top_p": 0.9}, {"top_k": 5, "repetition_penalty": 1.3}, {"temperature": 0.0}], ids=str
+)
+def test_a_seed_gives_the_same_tokens_beside_requests_with_other_settings(policy, more):
+    mine = [Request(p, n=2, max_new_tokens=20, seed=i) for i, p in enumerate(PROMPTS)]
+    others = [Request(p, n=2, max_new_tokens=9, seed=9, **more) for p in PROMPTS]
+    alone = SlotEngine(policy, slots=8).generate(mine)
+    beside = SlotEngine(policy, slots=8).generate([r for pair in zip(mine, others) for r in pair])[::2]
+    assert [[s.ids for s in g] for g in beside] == [[s.ids for s in g] for g in alone]
+
+
+def test_after_running_out_of_memory_the_engine_writes_as_before(policy, monkeypatch):
+    """The third layer of a cache that grows finds no room: half a cache would be written out of bounds."""
+    engine = SlotEngine(policy, slots=4)
+    short = [Request(p, n=2, max_new_tokens=4, seed=1) for p in PROMPTS]
+    long = [Request(p, n=2, max_new_tokens=60, seed=1) for p in PROMPTS]
+    engine.generate(short)
+    whole = SlotEngine(policy, slots=4).generate(long)
+    resized, calls = SlotCache._resized, []
+
+    def fails_once(cache, old):
+        calls.append(old)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return resized(cache, old)
+
+    monkeypatch.setattr(SlotCache, "_resized", fails_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate(long)
+    assert engine.generate(long) == whole
 
 
 def test_more_random_numbers_than_are_drawn_at_a_time(make_policy, monkeypatch):
