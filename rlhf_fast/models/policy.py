@@ -260,20 +260,28 @@ class Policy(nn.Module):
     # ---- generation
 
     @contextlib.contextmanager
-    def generation_model(self, role: str | None = None, attention: str | None = None) -> Iterator[PreTrainedModel]:
+    def generation_model(
+        self, role: str | None = None, attention: str | None = None, merge_lora: bool = False
+    ) -> Iterator[PreTrainedModel]:
         """The model in ``role`` ready to write: eval mode, and the ``attention`` registered under that name, transformers'
-        own when None. All is restored."""
+        own when None; with ``merge_lora`` the role's adapter in the base weights, see ``Adapters.merged_in_place``. All is
+        restored."""
         active = self.adapters.active
         model = self.model_for(role or self.role)
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            with generation_attention(model, attention or self.native_attention), self._precision():
+            merged = self.adapters.merged_in_place() if merge_lora else contextlib.nullcontext()
+            with generation_attention(model, attention or self.native_attention), self._precision(), merged:
                 yield model
         finally:
             for module, training in modes:
                 module.training = training
             self.adapters.use(active)
+
+    def merge_refusal(self, role: str) -> str | None:
+        """Why ``generation_model`` cannot merge the adapter of ``role``; None when it can."""
+        return self.adapters.merge_refusal(role) if role in self.adapters.names else "it has no adapter"
 
     # ---- files
 

@@ -35,7 +35,7 @@ from rlhf_fast.rollout.prompts import Prompt, PromptQueue
 from rlhf_fast.rollout.sampling import Settings, draw_seed, random_stream, sample, settings_row
 from rlhf_fast.rollout.slot_cache import SlotCache
 
-BLOCK = 256  # random numbers drawn for a sample at a time
+BLOCK = 256  # most random numbers drawn for a sample at a time
 COUNT = 2  # column of a session's integers, behind TOKEN and POSITION: tokens drawn
 
 
@@ -197,8 +197,9 @@ class Session:
             logits.append(pack.logits[self._to_device([row for _, row, *_ in places])])
         self.integers[began : len(self.live)] = self._to_device([[0, w.prompt.length - 1, 0] for w in new])
         self.values[began : len(self.live)] = self._to_device([settings_row(w.prompt.request) for w in new])
-        drawn = np.stack([w.stream.random(BLOCK) for w in new])
-        self.uniforms[began : len(self.live)] = self._to_device(drawn)
+        width = min(BLOCK, max(w.prompt.limit for w in new))
+        drawn = np.stack([w.stream.random(width) for w in new])
+        self.uniforms[began : len(self.live), :width] = self._to_device(drawn)
         self.settings = None
         for writing in new:
             if writing.prompt.started == writing.prompt.request.n:

@@ -102,6 +102,31 @@ def test_the_held_out_kl_is_that_of_the_policys_own_samples(lora, temperature, t
     assert abs(figures["eval_kl"]) > 0.05
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_merged_rollouts_train_as_unmerged_ones_do_and_leave_the_base_as_it_was(kind, trainer, run):
+    """rollout_merge_lora, in float32, where merging changes nothing else. By default a CPU does not merge."""
+    ends, losses = [], []
+    options = {"eval_steps": None, "temperature": 0.7} | ({"num_ppo_epochs": 1} if kind == "ppo" else {})
+    for merge in (None, False, True):
+        made = trainer(kind, lora=True, rollout_merge_lora=merge, **options)
+        base = made.policy.model.model.layers[0].self_attn.q_proj.get_base_layer().weight
+        before, merged = base.detach().clone(), {True: [], False: []}  # by whether a pass has a graph
+
+        def look(*_, base=base, before=before, merged=merged):
+            merged[torch.is_grad_enabled()].append(not torch.equal(base, before))
+
+        made.policy.model.get_input_embeddings().register_forward_hook(look)
+        result = run(made)
+        assert any(merged[False]) is (merge is True) and not any(merged[True])
+        assert torch.equal(base, before) and not made.corrects
+        assert max(s.get("sampling/sampling_logp_difference/max", 0.0) for s in result.steps) < 1e-4
+        ends.append(result.weights)
+        losses.append(result.losses)
+    assert losses[0] == losses[1] == pytest.approx(losses[2], abs=1e-5)
+    for name, weight in ends[1].items():
+        torch.testing.assert_close(ends[2][name], weight, atol=1e-4, rtol=1e-3)
+
+
 def test_without_a_reference_there_is_no_kl(trainer):
     """A whole model needs a copy for it, which GRPO makes only where its price is asked for; an adapter can be left off."""
     assert "eval_kl" not in trainer("grpo").evaluate()
