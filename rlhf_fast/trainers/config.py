@@ -139,7 +139,7 @@ class RLConfig(TrainerConfig):
     max_completion_length: int = 512  # tokens sampled at most
     temperature: float = 1.0  # of sampling, and of every log-probability
     rollout_batch_size: int = 128  # sequences written at a time; one that ends makes room for the next
-    rollout_merge_lora: bool | None = None  # sample with the adapter merged: weights twice; none: if a GPU has room
+    rollout_merge_lora: bool | None = False  # sample with the adapter merged: weights twice; none: if a GPU has room
     num_eval_prompts: int = 256  # held-out prompts answered greedily at each evaluation
     num_completions_to_print: int = 4  # of those answers; all of them are in completions.jsonl
     use_vllm: bool = False  # sample through vLLM, or `rlhf-fast serve`, which speaks its dialect; LoRA only
