@@ -68,11 +68,6 @@ class GRPOConfig(RLConfig):
             raise UserError("loss_type cispo needs epsilon_high, the absolute bound of the ratio; its authors use 5")
         if kind == "reinforce" and self.importance_sampling_level != "token":
             raise UserError("loss_type reinforce has no ratio; leave importance_sampling_level at token")
-        if kind == "reinforce" and self.num_iterations > 1:
-            raise UserError(
-                f"num_iterations is {self.num_iterations}, and loss_type reinforce has no ratio that would correct the later "
-                "ones; leave it at 1, or choose another loss_type"
-            )
         if self.delta is not None and (kind != "clip" or self.delta <= 1):
             raise UserError(
                 f"delta is {self.delta}; it must exceed 1, and loss_type {self.loss_type} must clip the ratio"

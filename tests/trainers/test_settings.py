@@ -252,7 +252,6 @@ def test_rollouts_fill_so_many_slots_and_are_evaluated_on_a_few_prompts(make_mod
         (DPOConfig, {"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing has no effect"),
         (GRPOConfig, {"loss_type": "grop"}, "loss_type is 'grop'; choose one of grpo, dapo"),
         (GRPOConfig, {"loss_type": "cispo"}, "cispo needs epsilon_high"),
-        (GRPOConfig, {"loss_type": "reinforce", "num_iterations": 2}, "reinforce has no ratio that would correct"),
         (PPOConfig, {"kl_coef": 0.0, "kl_target": 6.0}, "kl_target adapts kl_coef, which is 0.0"),
         (GRPOConfig, {"loss_type": "reinforce", "importance_sampling_level": "sequence"}, "no ratio"),
         (GRPOConfig, {"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
