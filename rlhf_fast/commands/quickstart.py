@@ -159,7 +159,7 @@ def _ppo(out: Path, train: dict, held_out: list, seed: int, reward: str, quiet: 
     )
     trainer = PPOTrainer(str(out / "sft"), args=config, train_dataset=train["prompts"])
     _finish(trainer)
-    return "ppo", _judge(out, trainer.policy, held_out, seed)
+    return "ppo", _judge(out, trainer, held_out, seed)
 
 
 def _grpo(out: Path, train: dict, held_out: list, seed: int, reward: str, quiet: bool):
@@ -182,7 +182,7 @@ def _grpo(out: Path, train: dict, held_out: list, seed: int, reward: str, quiet:
     functions = ["answer"] if reward == "learned" else [{"name": "random", "seed": seed}]
     trainer = GRPOTrainer(str(out / "sft"), functions, args=config, train_dataset=train["prompts"])
     _finish(trainer)
-    return "grpo", _judge(out, trainer.policy, held_out, seed)
+    return "grpo", _judge(out, trainer, held_out, seed)
 
 
 def _finish(trainer: Any) -> dict[str, float]:
@@ -215,31 +215,16 @@ def _accuracy(policy: Any, held_out: list, reward_model: Any) -> dict[str, float
     return out
 
 
-def _judge(out: Path, policy: Any, held_out: list, seed: int) -> dict[str, float]:
-    """Accuracy, the reward model's score, and how far the policy went from where it started."""
+def _judge(out: Path, trainer: Any, held_out: list, seed: int) -> dict[str, float]:
+    """Accuracy, the reward model's score, and how far the policy went from where it started, by samples of its own."""
     from rlhf_fast.rewards.model import RewardModel
-
-    figures = _accuracy(policy, held_out, RewardModel(out / "reward"))
-    return {**figures, "kl": _kl_to_reference(policy, _prompts(policy, held_out), seed)}
-
-
-def _kl_to_reference(policy: Any, prompts: list, seed: int) -> float:
-    """KL(policy || reference) per response, estimated on the policy's own samples (k1)."""
-    import torch
-
-    from rlhf_fast.data.batch import Example, TokenBatch
     from rlhf_fast.rollout import Request, engine_for
 
+    figures = _accuracy(trainer.policy, held_out, RewardModel(out / "reward"))
+    prompts = _prompts(trainer.policy, held_out)
     requests = [Request(p.input_ids, max_new_tokens=ANSWER_TOKENS, seed=seed + i) for i, p in enumerate(prompts)]
-    samples = engine_for(policy).generate(requests)
-    examples = [
-        Example([*p.input_ids, *s.ids], [False] * len(p.input_ids) + [True] * len(s.ids))
-        for p, (s,) in zip(prompts, samples)
-    ]
-    batch = TokenBatch.pack(examples, policy.device)
-    with torch.no_grad():
-        difference = policy.logprobs(batch) - policy.logprobs(batch, role="reference")
-    return float(difference.sum()) / len(prompts)
+    samples = engine_for(trainer.policy).generate(requests)
+    return {**figures, "kl": trainer.kl_to_reference(prompts, [s.ids for (s,) in samples])}
 
 
 def _row(name: str, figures: dict[str, float]) -> tuple[str, ...]:

@@ -203,11 +203,11 @@ class RLTrainer(Trainer):
         figures = {f"eval_{name}": value for name, value in evaluation.items() if isinstance(value, float)}
         if self.policy.has_reference:
             sampled = evaluate_policy(self.policy, prompts, [], temperature=a.temperature, seed=a.seed, **limits)
-            figures |= self._kl_to_reference(prompts, sampled.completion_ids)
+            figures["eval_kl"] = self.kl_to_reference(prompts, sampled.completion_ids)
         return figures
 
     @torch.no_grad()
-    def _kl_to_reference(self, prompts: Sequence[Prompt], responses: list[list[int]]) -> dict[str, float]:
+    def kl_to_reference(self, prompts: Sequence[Prompt], responses: list[list[int]]) -> float:
         """Mean KL(policy || reference) of a response, in nats, estimated (k1) on the policy's own samples."""
         experiences = [
             Experience(Example([*p.input_ids, *r], [False] * len(p.input_ids) + [True] * len(r)), reward=0.0)
@@ -219,7 +219,7 @@ class RLTrainer(Trainer):
                 old_logprobs=lambda b: self.logprobs(b, "policy"),
                 ref_logprobs=lambda b: self.logprobs(b, "reference"),
             )
-        return {"eval_kl": sum(map(kl_of, experiences)) / len(experiences)}
+        return sum(map(kl_of, experiences)) / len(experiences)
 
     def _evaluate(self, log: MetricsLog) -> dict[str, float]:
         figures = super()._evaluate(log)
