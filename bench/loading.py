@@ -1,8 +1,9 @@
 """Host memory and time of loading a sharded checkpoint: bf16, NF4, and a change of dtype.
 
     python -m bench.loading --gb 2 --shard_mb 200
+    python -m bench.loading --model qwen2.5-7b --shard_mb 3900 --ways bf16 nf4
 
-A random checkpoint of a Qwen2 shape is written shard by shard into a temporary folder, then each way of loading runs
+A random checkpoint, of a Qwen2 that is as large as is asked for or of a real shape of bench/train.py, is written shard by shard into a temporary folder, then each way of loading runs
 in a process of its own. What counts is memory that the process allocates (RssAnon in /proc): it cannot be taken back
 without swapping. Pages of the files themselves, which are mapped, show up in RSS and in VmHWM too, but are the
 kernel's cache of the disk: they go as soon as somebody needs the memory. On a CPU the model itself counts as
@@ -21,9 +22,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bench import host
 from bench.shards import write_shards
+from bench.train import MODELS, QWEN2
 
 WAYS = {  # name -> dtype, 4 bit
     "bf16": ("bfloat16", False),
@@ -36,6 +39,7 @@ VOCABULARY = 32_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint")
+    parser.add_argument("--model", choices=sorted(MODELS), help="a real shape instead of a size")
     parser.add_argument("--shard_mb", type=float, default=200.0, help="size of each file of it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
@@ -46,7 +50,8 @@ def main() -> None:
         print(json.dumps(measure(*args.measure, args.device)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        size, shards = write_checkpoint(Path(temporary), args.gb * 1e9, args.shard_mb * 1e6)
+        shape = MODELS[args.model] if args.model else shape_of(args.gb * 1e9)
+        size, shards = write_checkpoint(Path(temporary), shape, args.shard_mb * 1e6)
         print(f"checkpoint: {size / 1e9:.2f} GB of bf16 in {shards} files\n")
         print("| loaded as | seconds | weights | allocated by loading | of that extra | mapped | VmHWM |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -58,26 +63,28 @@ def main() -> None:
             print(f"| {way} | {row['seconds']:.1f} | {' | '.join(mb)} |", flush=True)
 
 
-def write_checkpoint(folder: Path, size: float, shard_size: float, hidden: int = 2048) -> tuple[int, int]:
-    """A Qwen2 of about ``size`` bytes with random bf16 weights, and a tokenizer. Returns its bytes and number of files."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-
+def shape_of(size: float, hidden: int = 2048) -> dict[str, Any]:
+    """The config of a Qwen2 of about ``size`` bytes in bf16."""
     wide = hidden * 11 // 4
     per_layer = 2 * (2 * hidden * hidden + 2 * hidden * (hidden // 4) + 3 * hidden * wide)
-    layers = max(1, round((size - 4 * VOCABULARY * hidden) / per_layer))
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=wide,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-        architectures=["Qwen2ForCausalLM"],
-        dtype="bfloat16",
-    )
+    return {
+        **QWEN2,
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_hidden_layers": max(1, round((size - 4 * VOCABULARY * hidden) / per_layer)),
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    }
+
+
+def write_checkpoint(folder: Path, shape: dict[str, Any], shard_size: float) -> tuple[int, int]:
+    """A model of ``shape`` with random bf16 weights, and a tokenizer. Returns its bytes and number of files."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    config = AutoConfig.for_model(**shape, tie_word_embeddings=False, dtype="bfloat16")
     config.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)

@@ -506,7 +506,7 @@ def longest_row(job: Job, scratch: Path) -> dict[str, Any]:
         model = trainer.policy
         model.train()
         try:
-            records = trainer.largest()
+            records = trainer.collect(trainer.largest())
             for loss, *_ in trainer.losses(records, trainer.own_window(records)):
                 trainer.accelerator.backward(loss)
             trainer.optimizer.step()  # its state takes memory too

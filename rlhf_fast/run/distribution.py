@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 T = TypeVar("T")
 
@@ -14,16 +15,21 @@ T = TypeVar("T")
 class Ranks:
     """This process among those of a run; alone, nothing here communicates."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, apart: bool = False) -> None:
         self.accelerator = accelerator
+        self.apart = apart
 
     def __len__(self) -> int:
-        return self.accelerator.num_processes
+        return 1 if self.apart else self.accelerator.num_processes
 
     @property
     def index(self) -> int:
         """Which of them this process is, from 0."""
-        return self.accelerator.process_index
+        return 0 if self.apart else self.accelerator.process_index
+
+    def alone(self) -> Ranks:
+        """This process by itself, for work that may fail on one rank while the others go on."""
+        return Ranks(self.accelerator, apart=True)
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Where this rank's contiguous part of ``count`` rows begins and ends."""
@@ -40,6 +46,10 @@ class Ranks:
         # float32: some devices and backends reduce no wider numbers
         total = torch.tensor(numbers, dtype=torch.float32, device=self.accelerator.device)
         return tuple(self.accelerator.reduce(total, "sum").tolist())
+
+    def gather(self, rows: Sequence[T]) -> Sequence[T]:
+        """The ``rows`` of all ranks, in their order. Collective."""
+        return rows if len(self) == 1 else gather_object(rows)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank. Collective."""

@@ -61,6 +61,10 @@ class Algorithm:
         """Raw records -> tokenized ones."""
         raise NotImplementedError
 
+    def complete_data(self, records: Sequence[Any]) -> Sequence[Any]:
+        """Tokenized records -> the same with what only passes through the model say, whose size is settled by now."""
+        return records
+
     def collect(self, records: list[Any]) -> list[Any]:
         """This rank's rows of a round -> what is learned from."""
         return records
@@ -161,13 +165,13 @@ class Algorithm:
         return max(self.step, min(self.args.logging_steps, self.total_steps) - 1)
 
     def largest(self) -> list[Any]:
-        """The records of the largest micro-batch that can come, ready for ``losses``."""
+        """The records of the largest micro-batch that can come, as ``collect`` takes them, or gives them if it samples."""
         sizes = self._record_tokens * self._epochs_per_window
         if self.micro_batch_tokens is None:
             order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
         else:
             order = fullest(sizes, min(self.micro_batch_tokens, self.sizes()["window_tokens"]))
-        return self.collect([self.train_records[i % len(self.train_records)] for i in order])
+        return [self.train_records[i % len(self.train_records)] for i in order]
 
     @functools.cached_property
     def _record_tokens(self) -> list[int]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example, Preference
@@ -104,9 +103,12 @@ class DPOTrainer(Trainer):
                 raise UserError(f"row {row}: DPO needs a chosen and a rejected response, got {len(pair.responses)}")
             if pair.weight != 1.0 and self.any_is("coupled"):
                 raise UserError(f"row {row}: weight is {pair.weight}, but loss_type aot sorts pairs and has no weights")
-        if not a.precompute_ref_log_probs:
-            return pairs
-        return [replace(p, ref_logprobs=sums) for p, sums in zip(pairs, precomputed(self, pairs))]
+        return pairs
+
+    def complete_data(self, records: list[Preference]) -> list[Preference]:
+        if not self.args.precompute_ref_log_probs:
+            return records
+        return [replace(r, ref_logprobs=sums) for r, sums in zip(records, precomputed(self, records))]
 
     def size(self, record: Preference) -> float:
         return sum(sum(e.response_mask) for e in record.responses)
@@ -132,14 +134,14 @@ class DPOTrainer(Trainer):
         One more pass without a gradient over the step, so that no split into micro-batches or ranks changes the loss.
         """
         policy = response_logprobs(self, records, role=self.policy.role)
-        table = torch.tensor(gather_object([[*sums, *r.ref_logprobs] for sums, r in zip(policy, records)]))
+        table = torch.tensor(self.ranks.gather([[*sums, *r.ref_logprobs] for sums, r in zip(policy, records)]))
         sums = table[:, :2].requires_grad_()
         ones = torch.ones(len(table))
         with torch.enable_grad():  # in an evaluation too
             pairs = Pairs(*sums.unbind(1), *table[:, 2:].unbind(1), ones, ones, nll=ones)
             total = sum(w * row.formula(pairs, self.args.coefficients).sum() for row, w in self.terms if row.coupled)
             (slopes,) = torch.autograd.grad(total, sums)
-        part, first = float(total.detach()) / len(table), sum(gather_object([len(records)])[: self.ranks.index])
+        part, first = float(total.detach()) / len(table), sum(self.ranks.gather([len(records)])[: self.ranks.index])
         return [replace(r, coupling=[part, *s]) for r, s in zip(records, slopes[first:].tolist())]
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf_fast.data.batch import Experience, Prompt, packed, shared_runs
@@ -162,10 +161,10 @@ class GRPOTrainer(RLTrainer):
 
     def _replace_alike(self, experiences: list[Experience]) -> list[Experience]:
         """Further prompts' groups in place of those that were scored all alike, as far as the data goes. Collective."""
-        size, rank = self.args.num_generations, self.accelerator.process_index
+        size, rank = self.args.num_generations, self.ranks.index
         deviations = group_deviations(torch.tensor([e.reward for e in experiences]), size)
         alike = (deviations < ALIKE).nonzero().flatten().tolist()
-        wanted = gather_object([len(alike)])
+        wanted = self.ranks.gather([len(alike)])
         count, begin = int(min(sum(wanted), max(self.rows_left, 0))), sum(wanted[:rank])
         prompts = self.draw(count, begin, begin + len(alike))
         self.metrics.add({"resampled_prompts": len(prompts)}, 1.0)
@@ -177,9 +176,9 @@ class GRPOTrainer(RLTrainer):
 
     def _advantages(self, experiences: list[Experience]) -> list[float]:
         """Of each response, by the rewards of all ranks less what the distance from the reference costs. Collective."""
-        a, rank = self.args, self.accelerator.process_index
+        a, rank = self.args, self.ranks.index
         mine = [(rank, e.reward - (a.kl_coef * kl_of(e) if a.kl_coef else 0.0), self.size(e)) for e in experiences]
-        ranks, rewards, tokens = zip(*gather_object(mine))
+        ranks, rewards, tokens = zip(*self.ranks.gather(mine))
         how = {"baseline": a.advantage_baseline, "scale": a.scale_rewards}
         advantages = relative_advantages(rewards, tokens, a.num_generations, **how)
         return [advantage for r, advantage in zip(ranks, advantages) if r == rank]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,11 +71,16 @@ class KTOTrainer(Trainer):
         )
         good = sum(r.label for r in rows)
         self.say(f"{report}\n{self._preparing}: {good:,} desirable, {len(rows) - good:,} undesirable")
-        if not a.precompute_ref_log_probs:
-            return rows
-        own = precomputed(self, rows)
-        other = precomputed(self, _mismatched(rows)) if self.needs_kl else own
-        return [replace(r, ref_logprobs=[*x, *y]) for r, x, y in zip(rows, own, other)]
+        return rows
+
+    def complete_data(self, records: list[Labelled]) -> list[Labelled]:
+        return self._with_reference(records, precomputed) if self.args.precompute_ref_log_probs else records
+
+    def _with_reference(self, records: Sequence[Labelled], logprobs: Callable) -> list[Labelled]:
+        """With the reference's log-probabilities of each response, and of the one it is mismatched with."""
+        own = logprobs(self, records)
+        other = logprobs(self, _mismatched(records)) if self.needs_kl else own
+        return [replace(r, ref_logprobs=[*x, *y]) for r, x, y in zip(records, own, other)]
 
     def size(self, record: Labelled) -> float:
         return sum(record.example.response_mask)
@@ -89,9 +94,7 @@ class KTOTrainer(Trainer):
     def collect(self, records: Sequence[Labelled]) -> list[Labelled]:
         """With the reference's log-probabilities, and the KL of the step."""
         if not self.args.precompute_ref_log_probs:
-            own = response_logprobs(self, records)
-            other = response_logprobs(self, _mismatched(records)) if self.needs_kl else own
-            records = [replace(r, ref_logprobs=[*x, *y]) for r, x, y in zip(records, own, other)]
+            records = self._with_reference(records, response_logprobs)
         if not self.needs_kl:
             return list(records)
         policy = response_logprobs(self, _mismatched(records), role=self.policy.role)

@@ -48,6 +48,7 @@ def job_of(trainer: Trainer) -> Job:
         offload=bool(a.offload_activations),
         device=trainer.accelerator.device.type,
         reference="reference" in policy.adapters.names or "reference" in policy.copies,
+        merge_lora=getattr(a, "rollout_merge_lora", False) is True,
         vllm_share=getattr(a, "vllm_share", 0.0),
         reward_models=len(getattr(a, "reward_models", ())),
         **trainer.sizes(),
@@ -166,7 +167,7 @@ class Trial:
     """How far the trial of a micro-batch came."""
 
     tokens: int
-    stage: str = "forward pass"
+    stage: str = "optimizer's state"
     error: str | None = None  # None: it fitted
 
 
@@ -174,7 +175,8 @@ def rehearse(trainer: Trainer) -> int:
     """Forward and backward of the largest micro-batch, without effect; halves ``micro_batch_tokens`` until it fits.
 
     What a step holds besides is there meanwhile, as ballast: the optimizer's state, and gradients of micro-batches before.
-    Weights, optimizer, metrics and random state are as before, gradients are dropped.
+    Weights, optimizer, metrics and random state are as before, gradients are dropped. Every process tries by itself, and
+    what does not fit on one is halved on all.
 
     Returns:
         Tokens of the micro-batch that fitted.
@@ -182,7 +184,7 @@ def rehearse(trainer: Trainer) -> int:
         UserError: the smallest micro-batch does not fit; says in which pass, what takes the most, and what to change.
     """
     smallest = trainer.sizes()["record_tokens"]
-    while (trial := _try(trainer)).error is not None:
+    while trainer.ranks.any((trial := _try(trainer)).error is not None):
         if trial.tokens <= smallest:
             raise UserError(_too_large(trainer, trial))
         if torch.cuda.is_available():
@@ -199,11 +201,15 @@ def _try(trainer: Trainer) -> Trial:
     before, random = dict(vars(trainer)), rng_state()
     trial, ballast = Trial(0), None
     trainer.step = trainer.largest_step  # what steps differ in is tried at its largest
+    records = trainer.largest()
+    trial.tokens = trainer.tokens(records)
+    alone = len(trainer.ranks) == 1
+    trainer.ranks = trainer.ranks.alone()  # a process that has run out of memory answers no other's call
     try:
         ballast = _ballast(trainer)
-        records = trainer.largest()
-        trial.tokens = trainer.tokens(records)
-        alone = trainer.accelerator.num_processes == 1
+        trial.stage = "forward pass"
+        if trainer.record_class is None:
+            records = trainer.collect(records)
         with contextlib.nullcontext() if alone else trainer.accelerator.no_sync(trainer.model):
             for loss, *_ in trainer.losses(records, trainer.own_window(records)):
                 trial.stage = "backward pass"
@@ -229,6 +235,8 @@ def _ballast(trainer: Trainer) -> torch.Tensor:
 
 
 def _too_large(trainer: Trainer, trial: Trial) -> str:
+    if trial.error is None:
+        return f"out of memory on another process, with one record of {trial.tokens:,} tokens; it says more"
     made = plan_of(trainer)
     parts = sorted((p for p in made.parts if p.when not in (*memory.SAMPLING, "host")), key=lambda p: -p.bytes)[:3]
     takes = ", ".join(f"{p.name} {p.bytes / GB:.2f} GB" for p in parts)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example
@@ -59,7 +59,7 @@ def precomputed(trainer: Trainer, records: Sequence[Any]) -> list[list[float]]:
     if kept[0] is not None and not trainer.ranks.any(not _agrees(trainer, records, kept[0])):
         trainer.say(f"reference: log-probabilities of {len(records):,} rows read from {path}")
         return kept[0].tolist()
-    numbers = torch.tensor(gather_object(response_logprobs(trainer, trainer.ranks.share(records))))
+    numbers = torch.tensor(trainer.ranks.gather(response_logprobs(trainer, trainer.ranks.share(records))))
     if trainer.accelerator.is_main_process:
         write_numbers(path, key, numbers)
     trainer.say(f"reference: log-probabilities of {len(records):,} rows computed, kept in {path}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.fingerprint import difference, digest, fingerprint
@@ -77,7 +76,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "rows_drawn": trainer.rows_drawn,
         "skipped": trainer.skipped,
         "micro_batch_tokens": trainer.micro_batch_tokens,
-        "ranks": gather_object([local]),
+        "ranks": trainer.ranks.gather([local]),
         "extra": trainer.extra_state(),
         "best": trainer.best.state(),
         "stopped": trainer.stopped,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example, Preference
@@ -116,7 +115,7 @@ class RewardTrainer(Trainer):
         self._differences = []
         figures = super().evaluate()
         mine = [d for part in self._differences for d in part.tolist()]
-        report = calibration(torch.tensor(gather_object(mine)))
+        report = calibration(torch.tensor(self.ranks.gather(mine)))
         path = Path(self.args.output_dir) / "reward_calibration.json"
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,8 @@ class Trainer(Algorithm):
         )
         self._prepare_callbacks(callbacks)
         self.memory_plan = memory.settle(self)
+        self.train_records = self.complete_data(self.train_records)
+        self.eval_records = self.eval_records and self.complete_data(self.eval_records)
         self._prepare_optimizer()
         self.step = 0
         self.stopped: str | None = None  # why the run ends before its last step

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from bench.loading import measure, write_checkpoint
+from bench.loading import measure, shape_of, write_checkpoint
 
 
 def test_a_sharded_checkpoint_is_written_and_loaded_in_every_way(tmp_path):
     pytest.importorskip("bitsandbytes")
-    size, files = write_checkpoint(tmp_path, 10e6, 1e6, hidden=64)
+    size, files = write_checkpoint(tmp_path, shape_of(10e6, hidden=64), 1e6)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == size == pytest.approx(10e6, rel=0.02)
     assert len(set(index["weight_map"].values())) == files == len(list(tmp_path.glob("*.safetensors"))) > 2

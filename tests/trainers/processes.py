@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 import rlhf_fast
 from rlhf_fast.run.metrics import read_metrics
 
@@ -20,14 +22,29 @@ def vowels(completions, **_):
     return [sum(c.count(v) for v in "aeiou") / 4 for c in completions]
 
 
-def train(kind: str, model: str, rows: list[dict], settings: dict) -> dict:
-    """The figures of each step, and the norm of the weights at the end."""
+def hold(trainer, tokens: int) -> None:
+    """Let the device run out of memory in any training pass of more than ``tokens`` tokens."""
+
+    def check(module, args):
+        if torch.is_grad_enabled() and args[0].numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    trainer.policy.model.get_input_embeddings().register_forward_pre_hook(check)
+
+
+def train(kind: str, model: str, rows: list[dict], settings: dict, last_holds: int | None = None) -> dict:
+    """The figures of each step, and the norm of the weights and the largest micro-batch at the end.
+
+    ``last_holds`` is how many tokens the last process has memory for.
+    """
     trainer_class, config_class = (getattr(rlhf_fast, KINDS[kind] + part) for part in ("Trainer", "Config"))
     given = {"reward_funcs": vowels} if kind in ("grpo", "ppo") else {}
     trainer = trainer_class(model, args=config_class(**settings), train_dataset=rows, eval_dataset=rows[:1], **given)
+    if last_holds is not None and trainer.ranks.index == len(trainer.ranks) - 1:
+        hold(trainer, last_holds)
     trainer.train()
     weights = [float(p.detach().double().norm()) for p in trainer.parameters]
-    return {"steps": read_metrics(settings["output_dir"]), "weights": weights}
+    return {"steps": read_metrics(settings["output_dir"]), "weights": weights, "budget": trainer.micro_batch_tokens}
 
 
 if __name__ == "__main__":

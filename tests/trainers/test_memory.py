@@ -333,6 +333,18 @@ def test_the_job_of_a_run_says_what_its_config_needs(make):
     assert job_of(make("grpo", use_peft=True)).vllm_share == 0
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]], ids=["layers", "head"])
+def test_the_plan_counts_the_weights_that_rollouts_merge(targets, make):
+    """As many bytes as the merge takes; none unless it is asked for, nor in full fine-tuning."""
+    settings = {"use_peft": True, "lora_target_modules": targets}
+    made = make("grpo", **settings, rollout_merge_lora=True)
+    merged = [p for p in plan_of(made).parts if p.name == "weights with the adapter in them"]
+    assert {p.when for p in merged} == {"prefill", "decode"}
+    assert {p.bytes for p in merged} == {made.policy.adapters.merged_bytes("policy")}
+    for other in (make("grpo", **settings), make("grpo", rollout_merge_lora=True)):
+        assert not job_of(other).merged_bytes
+
+
 # ---- the rehearsal
 
 

@@ -10,6 +10,7 @@ import torch
 from rlhf_fast import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.run.cache import cache_folder, read_numbers, write_numbers
+from rlhf_fast.trainers import memory
 
 ROWS = [
     {"prompt": "1+1=", "chosen": "2", "rejected": "seventeen"},
@@ -135,3 +136,12 @@ def test_kto_keeps_both_its_lists(tokenizer, make_model, settings, monkeypatch):
     assert len(kept()) == 2
     assert runs[0].train_records == runs[1].train_records
     assert all(len(r.ref_logprobs) == 2 for r in runs[0].train_records)
+
+
+def test_reference_passes_keep_to_the_budget_that_the_plan_settles(trainer, make_model, monkeypatch):
+    """They come after the plan: the budget of a GPU is not known when the data is read."""
+    monkeypatch.setattr(memory, "settle", lambda trainer: setattr(trainer, "micro_batch_tokens", 30))
+    model, seen = make_model(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    made = trainer(model)
+    assert len(seen) > 1 and max(seen) <= 30 < made.tokens(made.train_records)

@@ -40,6 +40,7 @@ class Job:
     reference: bool = (
         False  # the reference has weights of its own: in full fine-tuning, or where a trained adapter goes on
     )
+    merge_lora: bool = False  # sampling multiplies with copies of the weights that hold the adapter
     vllm_share: float = 0.0  # of the device, which a vLLM in the same process takes
     device: str = "cuda"
 
@@ -70,6 +71,13 @@ class Job:
     @functools.cached_property
     def head_adapter(self) -> bool:
         return not self.full and any(x.reads == "head" for x in self.shape.adapted(self.lora_targets))
+
+    @property
+    def merged_bytes(self) -> int:
+        """Of the adapted weights that sampling holds a second time, with the adapter in them; a 4-bit base merges nothing."""
+        if not self.merge_lora or self.full or self.base == "nf4":
+            return 0
+        return self.width * sum(x.inputs * x.outputs for x in self.shape.adapted(self.lora_targets))
 
     @property
     def width(self) -> int:

@@ -180,6 +180,7 @@ def rollout(job: Job, sequences: int) -> list[Part]:
             Part("a layer's keys and values again, logits", growing, "decode"),
             key=lambda part: part.bytes,
         ),
+        *(Part("weights with the adapter in them", job.merged_bytes, x) for x in SAMPLING if job.merged_bytes),
         *(Part("weights in bfloat16 to multiply with", expanded(job) + _weight_copies(job), x) for x in SAMPLING),
     ]
 

@@ -76,6 +76,7 @@ def _sampling(method: str, config: Any, length_given: bool) -> dict[str, Any]:
         "length": (c.max_prompt_length or 0) + c.max_completion_length,
         "prompt_length": c.max_prompt_length,
         "rollout_batch_size": c.rollout_batch_size,
+        "merge_lora": c.rollout_merge_lora is True,  # left to the rollouts, they merge where there is room
         "vllm_share": c.vllm_share,
     }
     if method == "grpo":
