@@ -49,6 +49,7 @@ COMMANDS = {
     "kto": Command("train", "responses labelled good or bad, no pairs, into the policy", "trainers.kto:KTO", _TRY),
     "ppo": Command("train", "reinforcement learning with a critic, against a reward model", "trainers.ppo:PPO", _TRY),
     "grpo": Command("train", "reinforcement learning with groups of responses, no critic", "trainers.grpo:GRPO", _TRY),
+    "judge": Command("label", "an AI judge's preferences over responses: pairs or rankings", "commands.judge:main"),
     "generate": Command("use", "responses of a model to prompts", "commands.generate:main"),
     "evaluate": Command("use", "rewards of a model on held-out prompts", "commands.evaluate:main"),
     "serve": Command("use", "a model and its adapters over HTTP, as OpenAI and vLLM have it", "commands.serve:main"),
@@ -56,7 +57,7 @@ COMMANDS = {
     "export": Command("use", "a run as a plain Hugging Face folder", "commands.export:main"),
     "env": Command("use", "versions, devices, and the backend of every kernel", "commands.env:main"),
 }
-GROUPS = {"start": "start here", "train": "train", "use": "use the result"}
+GROUPS = {"start": "start here", "label": "make training data", "train": "train", "use": "use the result"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

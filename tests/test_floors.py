@@ -21,10 +21,10 @@ FLOORS = {
         ("transformers", "tokenizers", "safetensors", "accelerate", "numpy", "peft", "bitsandbytes", "flash_attn"),
     ),
     "rollout": (("models", "data", "kernels", "errors"), ("transformers", "numpy", "httpx2", "starlette", "vllm")),
-    "rewards": (("rollout", "models", "data", "kernels", "errors"), ("transformers", "numpy", "math_verify")),
+    "rewards": (("rollout", "models", "data", "kernels", "errors"), ("transformers", "numpy", "math_verify", "httpx2")),
     "feedback": (
         ("rewards", "rollout", "models", "data", "errors"),
-        ("transformers", "starlette", "uvicorn", "rich", "numpy"),
+        ("transformers", "starlette", "uvicorn", "rich", "numpy", "yaml"),
     ),
     "trainers": (
         ("feedback", "rewards", "rollout", "models", "run", "data", "losses", "kernels", "errors"),
@@ -40,7 +40,7 @@ RESERVED = {
     "peft": ("models/adapters.py",),
     "bitsandbytes": ("models/adapters.py",),
     "flash_attn": ("models/attention.py",),
-    "httpx2": ("rollout/server.py",),
+    "httpx2": ("rollout/server.py", "rewards/chat.py"),
     "vllm": ("rollout/colocate.py",),
     "starlette": ("serving/app.py", "commands/serve.py"),
     "uvicorn": ("commands/serve.py",),

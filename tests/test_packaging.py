@@ -117,7 +117,8 @@ def test_the_wheel_holds_every_family_and_recipe_and_no_package_called_kernels(w
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"rlhf_fast"}
     sources = [path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")]
     assert FAMILIES and {f"rlhf_fast/{path.as_posix()}" for path in sources} <= set(names)
-    sources = [path.relative_to(ROOT) for path in (ROOT / "rlhf_fast").rglob("*") if path.suffix in (".py", ".yaml")]
+    kinds = (".py", ".yaml", ".txt", ".jsonl")
+    sources = [path.relative_to(ROOT) for path in (ROOT / "rlhf_fast").rglob("*") if path.suffix in kinds]
     assert {path.as_posix() for path in sources} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h"))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -34,3 +35,16 @@ def test_the_settings_of_watching_a_run_are_real(tmp_path):
     config = parse_config(GRPOConfig, ["--config", str(path)])
     assert config.load_best_model_at_end
     assert config.callbacks == ["my_callbacks:Watch"]
+
+
+def test_the_rewards_of_the_judge_section_are_real(tmp_path):
+    """Every option is one that the reward has; nobody is asked."""
+    from rlhf_fast.rewards.judge import Judge
+
+    block = re.search(r"```yaml\n(reward_funcs:.*?)```", README[README.index("### Labels from an AI") :], re.DOTALL)[1]
+    path = tmp_path / "judge.yaml"
+    path.write_text(block)
+    rewards = parse_config(GRPOConfig, ["--config", str(path)]).reward_funcs
+    assert [reward.pop("name") for reward in rewards] == ["judge", "judge"]
+    for reward in rewards:
+        inspect.signature(Judge).bind(**reward)

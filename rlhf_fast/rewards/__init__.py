@@ -14,6 +14,7 @@ from rlhf_fast.rewards.functions import (
     reward_name,
     score,
 )
+from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.math_answers import Math
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.verifiers import Answer, Exact, Format, Length, Random
@@ -26,6 +27,7 @@ __all__ = [
     "Exact",
     "Fault",
     "Format",
+    "Judge",
     "Length",
     "Math",
     "Random",

@@ -27,6 +27,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.code import Code
 from rlhf_fast.rewards.faults import Fault
+from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.math_answers import Math
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.verifiers import Answer, Exact, Format, Length, Random
@@ -39,6 +40,7 @@ BUILT_IN: dict[str, Callable[..., RewardFunction]] = {
     "code": Code,
     "exact": Exact,
     "format": Format,
+    "judge": Judge,
     "length": Length,
     "math": Math,
     "random": Random,
@@ -254,6 +256,9 @@ def _missing(function: RewardFunction, columns: Sequence[str]) -> str | None:
     alternatives = getattr(function, "needs_one_of", ())
     if alternatives and not any(name in columns for name in alternatives):
         return " or ".join(f"'{name}'" for name in alternatives)
+    for name in getattr(function, "needs", ()):
+        if name not in columns:
+            return f"'{name}'"
     available = {"prompts", "completions", "completion_ids", *columns}
     for name, parameter in (_parameters(function) or {}).items():
         required = parameter.default is parameter.empty and parameter.kind not in (

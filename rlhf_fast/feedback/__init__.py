@@ -1,0 +1,1 @@
+"""Where labels come from: people, an AI judge, a constitution."""
