@@ -93,8 +93,8 @@ def write_checkpoint(folder: Path, shape: dict[str, Any], shard_size: float) -> 
 
     def shards() -> Iterator[dict[str, torch.Tensor]]:
         shard: dict[str, torch.Tensor] = {}
-        for i, (name, shape) in enumerate(shapes.items(), start=1):
-            shard[name] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+        for i, (name, size) in enumerate(shapes.items(), start=1):
+            shard[name] = torch.randn(size, dtype=torch.bfloat16) * 0.02
             if sum(t.nbytes for t in shard.values()) >= shard_size or i == len(shapes):
                 yield shard
                 shard = {}
