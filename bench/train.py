@@ -690,7 +690,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
         "ratio": "speed over TRL",
         "memory_ratio": "memory over TRL",
     }
-    lines = ["# Training steps", "", *(__doc__ or "").strip().splitlines()[8:], ""]
+    how = (__doc__ or "").split("\n\n")[2]
+    lines = ["# Training steps", "", "`python -m bench.train`.", "", how, ""]
     lines += ["| " + " | ".join(shown.values()) + " |", "|" + " --- |" * len(shown)]
     lines += ["| " + " | ".join(r[k] for k in shown) + " |" for r in rows]
     if rows:
