@@ -187,6 +187,7 @@ WHEN = {
     "layer": "backward of a layer",
     "prefill": "rollout: prompts",
     "decode": "rollout: tokens",
+    "vllm": "rollout: outside",
     "outside": "outside",
     "host": "pinned host memory",
 }
@@ -224,8 +225,8 @@ def _compare(plans: dict[str, Plan]) -> None:
         j = made.job
         row = [name, f"{made.needed / GB:.1f}", "yes" if made.fits else "NO", "full" if j.full else j.base]
         row += [f"{j.tokens:,}", "yes" if j.checkpointing else "no", "yes" if j.offload else "no"]
-        rows.append([*row, *([str(j.rollout_batch_size)] if j.samples else [])])
-    header = ["GPU", "GB", "fits", "base", "tokens", "recompute", "offload", *["sampled"] * job.samples]
+        rows.append([*row, *([str(j.rollout_batch_size)] if j.writes else [])])
+    header = ["GPU", "GB", "fits", "base", "tokens", "recompute", "offload", *["sampled"] * job.writes]
     print_table(f"{job.method} of {job.shape.name}, {job.length:,} tokens", rows, header)
     for name, made in plans.items():
         for change in made.changes:

@@ -268,15 +268,12 @@ class Policy(nn.Module):
         restored."""
         active = self.adapters.active
         model = self.model_for(role or self.role)
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
         try:
             merged = self.adapters.merged_in_place() if merge_lora else contextlib.nullcontext()
-            with generation_attention(model, attention or self.native_attention), self._precision(), merged:
+            attention = generation_attention(model, attention or self.native_attention)
+            with in_eval_mode(model), attention, self._precision(), merged:
                 yield model
         finally:
-            for module, training in modes:
-                module.training = training
             self.adapters.use(active)
 
     def merge_refusal(self, role: str) -> str | None:
@@ -319,11 +316,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _check_saved(self, folder: Path, head: bool) -> None:
         """Read adapter and head back beside those in memory, on the same base, and compare."""
-        modes, wrong = [(module, module.training) for module in self.modules()], []
-        self.eval()
+        wrong = []
         # PEFT initialises an adapter before it loads one; the run's random numbers stay as they were
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.adapters.aside():
+        with torch.random.fork_rng(devices), self.adapters.aside(), in_eval_mode(self):
             try:
                 if head:
                     load_heads(self, folder, READ_BACK)
@@ -341,8 +337,6 @@ class Policy(nn.Module):
                     del self.heads[READ_BACK]
                 if READ_BACK in self.adapters.names:
                     self.adapters.remove(READ_BACK)
-                for module, training in modes:
-                    module.training = training
         if wrong:
             raise OSError(f"{folder}: {' and '.join(wrong)} read back other than what is in memory; check the disk")
 
@@ -371,6 +365,18 @@ class Policy(nn.Module):
         with generation_attention(model, self.native_attention):
             model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """``module`` without dropout; every part of it is in its own mode again afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch, unpack
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
 from rlhf_fast.rollout import Engine, Request, Sample, completions_for, decode
+from rlhf_fast.rollout.sampling import spaced_seed
 
 from . import check_columns, score
 from .model import RewardModel
@@ -64,13 +65,15 @@ class ScoredRollouts:
         """``n`` responses to every prompt, siblings adjacent, each with its reward.
 
         Args:
-            seed: of the first prompt; the i-th has ``seed + i``, whatever else is in the batch.
+            seed: number of the first prompt; the i-th draws by ``seed + i``, whatever else is in the batch.
 
         Returns:
             experiences (len(prompts) * n), and metrics under TRL's names.
         """
         requests = [
-            Request(p.input_ids, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + i)
+            Request(
+                p.input_ids, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=spaced_seed(seed + i)
+            )
             for i, p in enumerate(prompts)
         ]
         began = time.perf_counter()

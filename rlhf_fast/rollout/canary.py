@@ -9,6 +9,7 @@ import torch
 
 from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.policy import in_eval_mode
 from rlhf_fast.rollout.engine import Engine, Request, Sample
 
 
@@ -50,7 +51,8 @@ def _difference(policy: Any, prompt_ids: Sequence[int], sample: Sample, temperat
     """Mean absolute difference between the sample's log-probabilities and the policy's at ``temperature``."""
     example = Example([*prompt_ids, *sample.ids], [False] * len(prompt_ids) + [True] * len(sample.ids))
     batch = TokenBatch.pack([example], policy.device)
-    mine = policy.logprobs(batch, role=policy.role, temperature=temperature)[len(prompt_ids) :]
+    with in_eval_mode(policy):  # the engine drops nothing either
+        mine = policy.logprobs(batch, role=policy.role, temperature=temperature)[len(prompt_ids) :]
     return float((mine.cpu() - torch.tensor(sample.logprobs)).abs().mean())
 
 

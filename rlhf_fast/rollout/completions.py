@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_fast.rollout.engine import Request, Sample
+from rlhf_fast.rollout.sampling import SEEDS
 
 
 class Unusable(Exception):
@@ -39,7 +40,7 @@ def sampling_fields(request: Request, seed: int, stop_ids: Sequence[int] = ()) -
     """
     return {
         "n": request.n,
-        "seed": seed % 2**63,
+        "seed": seed % SEEDS,
         "max_tokens": request.max_new_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import RolloutError, UserError
 
 CAPABILITIES = frozenset({"token_ids", "logprobs", "seed", "n", "stop", "lora_swap", "sleep"})
 NEEDED_FOR_RL = ("token_ids", "logprobs")
@@ -102,14 +102,18 @@ class Engine(Protocol):
 @contextlib.contextmanager
 def awake(engine: Engine) -> Iterator[None]:
     """Wake an engine that can sleep, and let it sleep again afterwards."""
-    sleeps = "sleep" in engine.capabilities
-    if sleeps:
-        engine.wake()
+    if "sleep" not in engine.capabilities:
+        yield
+        return
+    engine.wake()
     try:
         yield
-    finally:
-        if sleeps:
+    except BaseException:
+        # what went wrong inside is what its user must hear of
+        with contextlib.suppress(UserError, RolloutError):
             engine.sleep()
+        raise
+    engine.sleep()
 
 
 def check_for_rl(

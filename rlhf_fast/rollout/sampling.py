@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_fast.rollout.engine import Request
 
+SEEDS = 2**63  # as many seeds there are: those that vLLM takes; any other number counts modulo this
 COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "top_k")
 
 
@@ -144,7 +145,15 @@ def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 def random_stream(seed: int, sample: int) -> np.random.Generator:
     """The random numbers of one sample: ``.random(k)`` gives its next k, float64 in [0, 1)."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, sample], dtype=np.uint64)))
+    return np.random.Generator(np.random.Philox(key=np.array([seed % SEEDS, sample], dtype=np.uint64)))
+
+
+def spaced_seed(number: int) -> int:
+    """The seed of request ``number`` among many, 2^20 away from the next one's.
+
+    vLLM draws sample j of a request with its seed + j: requests whose seeds are neighbours would share their random numbers.
+    """
+    return (number << 20) % SEEDS
 
 
 def draw_seed() -> int:

@@ -136,11 +136,23 @@ class ServerEngine:
 
     def sleep(self) -> None:
         """Give the servers' GPU memory back until :meth:`wake`."""
-        _run(self._everywhere(lambda c, s: self._post(c, s, "/sleep?level=1", hint=START_SLEEP)))
+        if any(server.ready for server in self.servers):
+            _run(self._everywhere(lambda c, s: self._post(c, s, "/sleep?level=1", hint=START_SLEEP)))
 
     def wake(self) -> None:
-        """Undo :meth:`sleep`."""
-        _run(self._everywhere(lambda c, s: self._post(c, s, "/wake_up", hint=START_SLEEP)))
+        """Undo :meth:`sleep`, also where its answer was missed: a server that was left out may sleep all the same."""
+        # one that lacks the current weights says so by their name, and its requests go to another
+        _run(self._everywhere(lambda c, s: self._post(c, s, "/wake_up", hint=START_SLEEP), revive=True))
+
+    def holding(self) -> dict[str, Any]:
+        """What the servers hold, for :meth:`follow`."""
+        return {"serving": self.serving, "version": self.version, "ready": [s.url for s in self.servers if s.ready]}
+
+    def follow(self, holding: dict[str, Any]) -> None:
+        """Ask for what another process has put on the same servers, from now on."""
+        self.serving, self.version = holding["serving"], holding["version"]
+        for server in self.servers:
+            server.ready = server.url in holding["ready"]
 
     def probe(self, request: Request) -> dict[str, Sample]:
         """One sample from every server that holds the current weights, by its URL."""
@@ -186,7 +198,9 @@ class ServerEngine:
             if attempt:
                 await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
             async with limiter:
-                server = min((s for s in self.servers if s.ready), key=lambda s: (s.failures, s.outstanding))
+                if not (ready := [s for s in self.servers if s.ready]):
+                    raise RolloutError(self._nobody())
+                server = min(ready, key=lambda s: (s.failures, s.outstanding))
                 try:
                     with server.owing(request.n):
                         return await self._ask(client, server, request, seed)
@@ -244,6 +258,8 @@ class ServerEngine:
             revive: on those too that were left out; where it succeeds they are in use again.
         """
         servers = [server for server in self.servers if revive or server.ready]
+        if not servers:
+            raise RolloutError(self._nobody())
         async with self._client() as client:
             results = await asyncio.gather(
                 *(self._insist(lambda s=s: what(client, s)) for s in servers), return_exceptions=True
@@ -260,6 +276,10 @@ class ServerEngine:
             raise UserError(told) if refused else RolloutError(f"{told}; start it again")
         for server, error in wrong.items():
             logger.warning("rollout: %s is left out until the next update: %s", server.url, error)
+
+    def _nobody(self) -> str:
+        urls = ", ".join(server.url for server in self.servers)
+        return f"no server is in use, as {urls} failed at the last sync; look at its log and start it again"
 
     async def _insist(self, what: Callable[[], Awaitable[Any]]) -> None:
         for attempt in range(1 + self.retries):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+
+from rlhf_fast.errors import RolloutError, UserError
 
 T = TypeVar("T")
 
@@ -54,3 +56,50 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank. Collective."""
         return self.sum(float(flag))[0] > 0
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives here, once it has succeeded on every rank. Collective.
+
+        A rank that fails alone would leave the others waiting for it in whatever all of them do next.
+
+        Raises:
+            RolloutError, UserError, RuntimeError: it failed somewhere: the same kind of error on all ranks. What ``work`` itself
+                raised here if that is of the kind, else what it raised elsewhere, and where.
+        """
+        if len(self) == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as failure:  # noqa: BLE001 (every rank raises it, or what it stands for, below)
+            error = failure
+        told = gather_object([None if error is None else (_kind(error).__name__, str(error) or type(error).__name__)])
+        wrong = {rank: failure for rank, failure in enumerate(told) if failure}
+        if not wrong:
+            return result
+        # the gravest of all: a run whose servers are gone is saved, and that takes every rank
+        kind = next(
+            k for k in (RuntimeError, UserError, RolloutError) if any(name == k.__name__ for name, _ in wrong.values())
+        )
+        if error is not None and _kind(error) is kind:
+            raise error
+        said = "; ".join(f"process {rank}: {text}" for rank, (_, text) in wrong.items())
+        raise kind(said) from error
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on the first rank, where alone it is done, on every rank. Collective.
+
+        Raises:
+            as :meth:`together`.
+        """
+        results = [self.together(work if self.index == 0 else lambda: None)]
+        if len(self) > 1:
+            broadcast_object_list(results)
+        return results[0]
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """As what all ranks raise it."""
+    return (
+        RolloutError if isinstance(error, RolloutError) else UserError if isinstance(error, UserError) else RuntimeError
+    )

@@ -153,9 +153,9 @@ class RLConfig(TrainerConfig):
 
     @property
     def vllm_share(self) -> float:
-        """Share of the GPU that training cannot have: of a vLLM in this process that keeps its memory during updates."""
-        awake = self.use_vllm and self.vllm_mode == "colocate" and not self.vllm_enable_sleep_mode
-        return self.vllm_gpu_memory_utilization if awake else 0.0
+        """Share of the GPU that a vLLM in this process takes, during updates too unless it sleeps then."""
+        here = self.use_vllm and self.vllm_mode == "colocate"
+        return self.vllm_gpu_memory_utilization if here else 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

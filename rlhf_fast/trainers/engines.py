@@ -7,10 +7,20 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
-from rlhf_fast.rollout import ColocatedEngine, Engine, ServerEngine, check_logprobs, end_of_sequence_ids
+from rlhf_fast.rollout import (
+    ColocatedEngine,
+    Engine,
+    Request,
+    Sample,
+    ServerEngine,
+    check_logprobs,
+    end_of_sequence_ids,
+)
+from rlhf_fast.run.distribution import Ranks
 
 from .config import RLConfig
 
@@ -50,25 +60,79 @@ def check_adapter_only(what: str, policy: Policy) -> None:
         )
 
 
+def shared_engine(engine: Engine, ranks: Ranks) -> Engine:
+    """``engine`` as one of several processes uses it: servers are led by the first, what runs in a process is its own.
+
+    Raises:
+        UserError: the engine loads adapters and serves one process only.
+    """
+    if len(ranks) == 1 or "lora_swap" not in engine.capabilities:
+        return engine
+    if not isinstance(engine, ServerEngine):
+        raise UserError(
+            f"{type(engine).__name__} serves one process, and this run has {len(ranks)}; sample from servers (vllm_mode "
+            "server), or leave use_vllm out"
+        )
+    return SharedServers(engine, ranks)
+
+
+class SharedServers:
+    """Servers that all processes of a run share: the first one sends weights, wakes them and lets them sleep while the others
+    wait, and every process has its own prompts answered. All calls but ``generate`` and ``probe`` are collective.
+    """
+
+    def __init__(self, engine: ServerEngine, ranks: Ranks) -> None:
+        self.engine, self.ranks, self.capabilities = engine, ranks, engine.capabilities
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        """Continue every request; entry i holds the ``n`` samples of request i."""
+        return self.engine.generate(requests)
+
+    def probe(self, request: Request) -> dict[str, Sample]:
+        """One sample from every server that holds the current weights, by its URL."""
+        return self.engine.probe(request)
+
+    def update(self, adapter_dir: str | Path | None, version: int) -> None:
+        """Load the adapter in a folder that the servers can read; all processes ask for it from now on."""
+        self._lead(lambda: self.engine.update(adapter_dir, version))
+
+    def reset_cache(self) -> None:
+        """Forget every cached prefix."""
+        self._lead(self.engine.reset_cache)
+
+    def sleep(self) -> None:
+        """Give the servers' GPU memory back until :meth:`wake`."""
+        self._lead(self.engine.sleep)
+
+    def wake(self) -> None:
+        """Undo :meth:`sleep`."""
+        self._lead(self.engine.wake)
+
+    def _lead(self, work: Callable[[], None]) -> None:
+        """Do it on the first process; which servers hold which weights after that is known to all."""
+
+        def lead() -> dict[str, Any]:
+            work()
+            return self.engine.holding()
+
+        self.engine.follow(self.ranks.from_main(lead))
+
+
 class WeightSync:
-    """Gives an engine the policy's weights before every rollout, and checks that it has them.
+    """Gives an engine the policy's weights before every rollout, and checks that it has them. Collective.
+
+    The adapter is saved in ``folder`` for engines that load it; they must be able to read it.
 
     Args:
-        folder: where the adapter is saved for engines that load it; they must be able to read it.
         probe: token ids of a prompt for :func:`check_logprobs`.
     """
 
-    def __init__(self, engine: Engine, policy: Policy, args: RLConfig, probe: Sequence[int], world: int = 1) -> None:
-        self.engine, self.policy, self.args, self.probe = engine, policy, args, probe
+    def __init__(self, engine: Engine, policy: Policy, args: RLConfig, probe: Sequence[int], ranks: Ranks) -> None:
+        self.engine, self.policy, self.args, self.probe, self.ranks = engine, policy, args, probe, ranks
         self.folder = Path(args.output_dir) / "rollout"
         self.sends = "lora_swap" in engine.capabilities
         if self.sends:
             check_adapter_only(type(engine).__name__, policy)
-        if self.sends and world > 1:
-            raise UserError(
-                f"{type(engine).__name__} serves one process, and this run has {world}; give one process several servers in "
-                "vllm_server_base_url"
-            )
 
     def __call__(self, step: int) -> dict[str, float]:
         """The weights as they are at ``step``; how far both sides' log-probabilities are apart, as a metric.
@@ -80,16 +144,13 @@ class WeightSync:
             self.engine.update(None, step)
             return {}
         folder = self.folder / f"step-{step:08d}"
-        self.policy.adapters.save(self.policy.role, folder)
+        self.ranks.from_main(lambda: self.policy.adapters.save(self.policy.role, folder))
         self.engine.update(folder, step)
-        for old in self.folder.iterdir():
+        return {"sampling/canary_logp_difference": self.ranks.from_main(lambda: self._check(folder))}
+
+    def _check(self, folder: Path) -> float:
+        for old in self.folder.iterdir():  # what no server needs any more
             if old != folder:
                 shutil.rmtree(old)
-        difference = check_logprobs(
-            self.engine,
-            self.policy,
-            self.probe,
-            temperature=self.args.temperature,
-            tolerance=self.args.vllm_logprob_tolerance,
-        )
-        return {"sampling/canary_logp_difference": difference}
+        settings = {"temperature": self.args.temperature, "tolerance": self.args.vllm_logprob_tolerance}
+        return check_logprobs(self.engine, self.policy, self.probe, **settings)

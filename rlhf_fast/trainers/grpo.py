@@ -155,8 +155,9 @@ class GRPOTrainer(RLTrainer):
         a = self.args
         experiences, metrics = self.respond(prompts, n=a.num_generations)
         punish_overlong(experiences, a.max_completion_length, a.soft_overlong_cache)
-        rewards = torch.tensor([e.reward for e in experiences])
-        self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
+        if experiences:
+            rewards = torch.tensor([e.reward for e in experiences])
+            self.metrics.add({**metrics, **group_metrics(rewards, a.num_generations)}, len(experiences))
         return experiences
 
     def _replace_alike(self, experiences: list[Experience]) -> list[Experience]:
@@ -168,7 +169,7 @@ class GRPOTrainer(RLTrainer):
         count, begin = int(min(sum(wanted), max(self.rows_left, 0))), sum(wanted[:rank])
         prompts = self.draw(count, begin, begin + len(alike))
         self.metrics.add({"resampled_prompts": len(prompts)}, 1.0)
-        if prompts:
+        if count:  # some rank has prompts, and a rollout takes them all
             fresh, experiences = self._sample(prompts), list(experiences)
             for number, group in enumerate(alike[: len(prompts)]):
                 experiences[group * size : (group + 1) * size] = fresh[number * size : (number + 1) * size]

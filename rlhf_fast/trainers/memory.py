@@ -49,7 +49,10 @@ def job_of(trainer: Trainer) -> Job:
         device=trainer.accelerator.device.type,
         reference="reference" in policy.adapters.names or "reference" in policy.copies,
         merge_lora=getattr(a, "rollout_merge_lora", False) is True,
+        # evaluations are written by the policy itself
+        samples_here=not getattr(a, "use_vllm", False) or trainer.eval_records is not None,
         vllm_share=getattr(a, "vllm_share", 0.0),
+        vllm_sleeps=getattr(a, "vllm_enable_sleep_mode", False),
         reward_models=len(getattr(a, "reward_models", ())),
         **trainer.sizes(),
     )

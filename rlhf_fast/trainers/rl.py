@@ -19,7 +19,7 @@ from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
 from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
-from .engines import WeightSync, build_engine
+from .engines import WeightSync, build_engine, shared_engine
 from .importance import weigh
 from .scores import kl_of
 from .trainer import Trainer
@@ -45,10 +45,11 @@ class RLTrainer(Trainer):
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
         super().__init__(model, args, **kwargs)
-        self.engine = engine or build_engine(args, self.policy, self._engine_in_process)
+        engine = engine or build_engine(args, self.policy, self._engine_in_process)
+        self.engine = shared_engine(engine, self.ranks)
         check_for_rl(self.engine, temperature=args.temperature)
         probe = min((p.input_ids for p in self.train_records), key=len)
-        self.sync = WeightSync(self.engine, self.policy, args, probe, self.accelerator.num_processes)
+        self.sync = WeightSync(self.engine, self.policy, args, probe, self.ranks)
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
         self.completions: list[dict[str, Any]] = []  # of the last evaluation: prompt, completion, rewards, ...
         self.rollouts.check(self.train_records)
@@ -155,19 +156,23 @@ class RLTrainer(Trainer):
 
     @torch.no_grad()
     def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
-        """``n`` scored responses to every prompt, siblings adjacent, and the metrics of the rollout."""
+        """``n`` scored responses to every prompt, siblings adjacent, and the metrics of the rollout. Collective.
+
+        A rank may have no prompts; all fail where one does.
+        """
         a = self.args
+        limits = {"max_new_tokens": a.max_completion_length, "temperature": a.temperature}
+        seed = a.seed * 1_000_003 + self.first_row
+
+        def sample() -> tuple[list[Experience], dict[str, float]]:
+            return self.rollouts.sample(prompts, n=n, seed=seed, **limits) if prompts else ([], {})
+
         with awake(self.engine):
             with self.timed("sync"):
                 agreement = self.sync(self.step)
-            experiences, metrics = self.rollouts.sample(
-                prompts,
-                n=n,
-                max_new_tokens=a.max_completion_length,
-                temperature=a.temperature,
-                seed=a.seed * 1_000_003 + self.first_row,
-            )
-        self.add_times(self.rollouts.seconds)
+            experiences, metrics = self.ranks.together(sample)
+        if prompts:
+            self.add_times(self.rollouts.seconds)
         return experiences, {**metrics, **agreement}
 
     def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:

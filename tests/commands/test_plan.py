@@ -232,7 +232,13 @@ def test_what_a_vllm_on_the_same_gpu_keeps_is_not_there_for_training(mode, sleep
     lines += [f"vllm_mode: {mode}", f"vllm_enable_sleep_mode: {sleeps}"]
     path.write_text("\n".join(lines))
     answer = one(capsys, "--config", path, "--model", "Qwen2.5-7B")
-    assert part(answer, "vLLM") == share * 80e9
+    taken = {p["name"]: p["bytes"] for p in answer["parts"] if "vLLM" in p["name"]}
+    asleep = {"vLLM while it samples": 0.4 * 80e9} if sleeps == "true" else {}
+    assert taken == ({"vLLM": share * 80e9} if share else asleep)
+    assert not [p for p in answer["parts"] if p["when"] in ("prefill", "decode")], "the policy writes nothing here"
+    path.write_text("\n".join([*lines, "eval_dataset_name: held_out.jsonl"]))
+    evaluated = one(capsys, "--config", path, "--model", "Qwen2.5-7B")
+    assert [p for p in evaluated["parts"] if p["when"] == "decode"], "but its own evaluations"
     assert answer["needed"] <= answer["available"]
 
 

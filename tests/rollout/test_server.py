@@ -19,7 +19,16 @@ pytest.importorskip("starlette")
 
 from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models.adapters import lora_config
-from rlhf_fast.rollout import CAPABILITIES, Engine, Request, ServerEngine, SlotEngine, check_logprobs
+from rlhf_fast.rollout import (
+    CAPABILITIES,
+    Engine,
+    GenerateEngine,
+    Request,
+    ServerEngine,
+    SlotEngine,
+    awake,
+    check_logprobs,
+)
 from rlhf_fast.rollout.colocate import ColocatedEngine, engine_arguments, read_output
 from rlhf_fast.rollout.completions import Unusable, completion_body, read_completion, sampling_fields
 
@@ -146,6 +155,15 @@ def test_unseeded_requests_follow_torchs_global_seed(make_policy, serve):
     first, second = (ids(engine.generate([Request([5], max_new_tokens=20)])) for _ in range(2))
     torch.manual_seed(7)
     assert ids(engine.generate([Request([5], max_new_tokens=20)])) == first != second
+
+
+def test_a_seed_and_a_sample_are_the_same_tokens_on_every_engine(make_policy, serve):
+    """Also numbers that the 63 bits of a server's seed cannot hold: each is some number that they can."""
+    remote = ServerEngine(serve(make_policy()).url, **QUICK)
+    asked = [Request([5], n=3, max_new_tokens=20, seed=seed) for seed in (7, -1, 2**63 + 7, 2**64 + 9)]
+    mine, *others = (ids(e.generate(asked)) for e in (SlotEngine(make_policy()), GenerateEngine(make_policy()), remote))
+    assert others == [mine, mine]
+    assert mine[2] == mine[0] and mine[1] != mine[0]
 
 
 def test_inside_an_event_loop_it_works_too(make_policy, serve):
@@ -331,6 +349,66 @@ def test_it_sleeps_and_wakes_all_servers_only_where_that_is_allowed(make_policy,
     assert len(engine.generate(requests())) == 5
 
 
+class LostSleep:
+    """Stands before the application and loses its first answers to /sleep, which it carries out all the same."""
+
+    def __init__(self, app, losses):
+        self.app, self.losses = app, losses
+
+    async def __call__(self, scope, receive, send):
+        async def nowhere(message):
+            pass
+
+        if scope["type"] != "http" or scope["path"] != "/sleep" or not self.losses:
+            await self.app(scope, receive, send)
+            return
+        self.losses -= 1
+        await self.app(scope, receive, nowhere)
+        await _send(send, 502, {"error": {"message": "lost on the way"}})
+
+
+def test_a_server_that_missed_the_answer_to_sleep_is_woken_and_used_again(make_policy, serve, caplog):
+    one = serve(make_policy(), wrap=lambda app: LostSleep(app, losses=2))
+    two = serve(make_policy())
+    engine = ServerEngine([one.url, two.url], allow_sleep=True, retries=1, **QUICK)
+    engine.sleep()
+    assert [s.ready for s in engine.servers] == [False, True] and one.worker.asleep
+    assert f"{one.url} is left out until the next update: answered 502 to /sleep (lost on the way)" in caplog.text
+    engine.wake()
+    assert [s.ready for s in engine.servers] == [True, True] and not one.worker.asleep
+    two.kill()
+    assert len(engine.generate(requests())) == 5
+
+
+def test_when_no_server_is_in_use_the_prompts_and_the_servers_are_named(make_policy, serve):
+    """All servers missed a sync: there is nobody to ask, and nothing to wait for."""
+    urls = [serve(make_policy()).url for _ in range(2)]
+    engine = ServerEngine(urls, allow_sleep=True, **QUICK)
+    for server in engine.servers:
+        server.ready = False
+    said = f"no server is in use, as {urls[0]}, {urls[1]} failed at the last sync; .*start it again"
+    with pytest.raises(RolloutError, match=f"^rollout: no samples for prompts 0, 1, 2, 3, 4 of 5: {said}$"):
+        engine.generate(requests())
+    with pytest.raises(RolloutError, match=said):
+        engine.probe(Request([5]))
+    engine.sleep()  # who is left out is left alone
+
+
+def test_what_goes_wrong_in_a_rollout_is_told_and_not_that_the_server_cannot_sleep_either(faulty):
+    served, faults = faulty()
+    engine = ServerEngine(served.url, allow_sleep=True, retries=0, **QUICK)
+    faults.always = 500
+
+    def rollout():
+        try:
+            engine.generate(requests())
+        finally:
+            served.kill()
+
+    with pytest.raises(RolloutError, match="no samples for prompts 0, 1, 2, 3, 4 of 5"), awake(engine):
+        rollout()
+
+
 # ---- the start
 
 
@@ -364,6 +442,19 @@ def test_the_canary_is_silent_where_both_sides_agree_and_sings_where_they_do_not
     engine.update(adapter_folder("trained", 0), 1)
     with pytest.raises(UserError, match=f"{engine.servers[0].url} differ from the trainer's by .* nats per token"):
         check_logprobs(engine, policy, PROMPTS[1], temperature=1.0, tolerance=0.1)
+
+
+def test_the_canary_drops_nothing_and_leaves_every_module_in_its_mode(make_policy, adapter_folder):
+    """A policy in the middle of training with dropout, which the engine does not have: both still agree."""
+    policy = make_policy(peft_config=lora_config(r=4, dropout=0.5))
+    trained = make_policy()
+    trained.adapters.load("own", adapter_folder("trained", 0), trainable=False)
+    for key, parameter in policy.adapters.parameters("policy").items():
+        parameter.data.copy_(trained.adapters.parameters("own")[key])
+    policy.train()
+    frozen = policy.model.get_decoder().norm.eval()
+    assert check_logprobs(SlotEngine(policy), policy, PROMPTS[1], temperature=1.0, tolerance=1e-4) < 1e-5
+    assert all(module.training is (module is not frozen) for module in policy.modules())
 
 
 def test_the_canary_knows_raw_log_probabilities(make_policy, faulty):

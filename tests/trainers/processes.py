@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 import rlhf_fast
+from rlhf_fast.errors import UserError
+from rlhf_fast.rollout import ServerEngine
 from rlhf_fast.run.metrics import read_metrics
 
 KINDS = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "ppo": "PPO"}
@@ -42,7 +44,14 @@ def train(kind: str, model: str, rows: list[dict], settings: dict, last_holds: i
     trainer = trainer_class(model, args=config_class(**settings), train_dataset=rows, eval_dataset=rows[:1], **given)
     if last_holds is not None and trainer.ranks.index == len(trainer.ranks) - 1:
         hold(trainer, last_holds)
-    trainer.train()
+    servers = getattr(trainer, "engine", None)
+    servers = getattr(servers, "engine", servers)  # those that processes share
+    if isinstance(servers, ServerEngine):
+        servers.backoff = 0.01
+    try:
+        trainer.train()
+    except UserError as error:
+        return {"error": [type(error).__name__, str(error)]}
     weights = [float(p.detach().double().norm()) for p in trainer.parameters]
     return {"steps": read_metrics(settings["output_dir"]), "weights": weights, "budget": trainer.micro_batch_tokens}
 

@@ -13,6 +13,7 @@ from rlhf_fast import GRPOConfig, GRPOTrainer
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import Sample
+from rlhf_fast.rollout.sampling import spaced_seed
 from rlhf_fast.trainers.groups import group_metrics
 from rlhf_fast.trainers.grpo import LOSS_TYPES
 from rlhf_fast.trainers.trainer import Window
@@ -456,7 +457,7 @@ def test_a_group_is_asked_for_once_and_scored_with_its_columns(model, scripted, 
     step = run(made).steps[0]
     (requests,) = engine.requests
     assert [(r.n, r.max_new_tokens, r.temperature) for r in requests] == [(4, 9, 0.7)] * 2
-    assert requests[1].seed == requests[0].seed + 1
+    assert [r.seed for r in requests] == [spaced_seed(5 * 1_000_003), spaced_seed(5 * 1_000_003 + 1)]
     ((prompts, completions, completion_ids, answers),) = seen
     assert sorted(zip(prompts, completions, answers)) == sorted(
         (p, r.rstrip("!"), a) for (p, rs), a in zip(SCRIPT.items(), ["2", "up"]) for r in rs

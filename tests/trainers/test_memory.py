@@ -345,6 +345,24 @@ def test_the_plan_counts_the_weights_that_rollouts_merge(targets, make):
         assert not job_of(other).merged_bytes
 
 
+def test_keys_and_values_are_planned_where_the_policy_itself_writes(make):
+    """A vLLM beside it takes its share instead, for good or while it samples; evaluations are the policy's own."""
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.25, "use_peft": True}
+    here, colocated = job_of(make("grpo", use_peft=True)), job_of(make("grpo", **vllm))
+    sleeping = job_of(make("grpo", **vllm, vllm_enable_sleep_mode=True))
+    assert [j.writes for j in (here, colocated, sleeping)] == [True, False, False]
+    made = {job: plan(job, 10**9) for job in (here, colocated, sleeping)}
+    assert made[here].total("prefill") and made[here].total("decode")
+    for job in (colocated, sleeping):
+        assert not made[job].total("prefill") and not made[job].total("decode")
+    assert made[colocated].total("outside") == made[here].total("outside") + 0.25e9
+    weights = made[sleeping].total("always")
+    assert made[sleeping].needed == max(made[sleeping].tensors, weights + 0.25e9) + made[sleeping].total("outside")
+    trainer = make("grpo", **vllm)
+    trainer.eval_records = trainer.train_records
+    assert job_of(trainer).writes and plan(job_of(trainer), 10**9).total("decode")
+
+
 # ---- the rehearsal
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -13,6 +14,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rlhf_fast.models import load
+from tests.rollout.conftest import Served
+
 RUNNER = Path(__file__).with_name("processes.py")
 WORDS = ["a", "hello", "to be", "x+y=z", "no", "seventeen", "q", "well, well", "ok", "end.", "i"]
 EXAMPLES = [{"prompt": f"{i} ", "completion": w} for i, w in enumerate(WORDS)]
@@ -21,8 +25,12 @@ LABELLED = [{**e, "label": i % 3 > 0} for i, e in enumerate(EXAMPLES)]
 PROMPTS = [{"prompt": f"{i} "} for i in range(3)]
 
 
-def cases(folder: Path, model: Path, processes: int) -> dict:
-    """The same global batch: 8 examples, or 2 groups of 4 responses. The last windows are ragged or a single row."""
+def cases(folder: Path, model: Path, processes: int, servers: list[str]) -> dict:
+    """The same global batch: 8 examples, or 2 groups of 4 responses. The last windows are ragged or a single row.
+
+    Args:
+        servers: URLs of one that answers, and of one that does not answer everybody.
+    """
     common = {"quiet": True, "logging_steps": 1, "learning_rate": 1e-3, "lora_r": 4, "num_train_epochs": 1}
     sft = {"packing": False, "per_device_train_batch_size": 8 // processes // 2, "gradient_accumulation_steps": 2}
     grpo = {"num_generations": 4, "num_iterations": 2, "beta": 0.1, "max_completion_length": 5}
@@ -30,6 +38,8 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
     ppo = {"num_ppo_epochs": 2, "kl_target": 1.0, "kl_horizon": 10, "max_completion_length": 5}
     ppo |= {"per_device_train_batch_size": 8 // processes}
     pairs = {"per_device_train_batch_size": 8 // processes // 2, "gradient_accumulation_steps": 2}
+    served = {**grpo, "use_peft": True, "use_vllm": processes > 1, "vllm_importance_sampling_correction": False}
+    served |= {"vllm_enable_sleep_mode": True, "vllm_server_base_url": servers[0]}
     sorted_pairs = {
         **pairs,
         "loss_type": ["aot", "bco", "sft"],
@@ -48,6 +58,9 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
             {**grpo, "scale_rewards": "whiten", "dynamic_sampling_rounds": 2, "kl_coef": 0.1},
         ),
         "grpo batch": ("grpo", PROMPTS, {**grpo, "scale_rewards": "batch", "loss_type": "grpo"}),
+        # one process samples by itself, two from a server
+        "grpo served": ("grpo", PROMPTS, {**served, "dynamic_sampling_rounds": 2}),
+        "grpo broken": ("grpo", PROMPTS, {**served, "vllm_server_base_url": servers[1]}),
         "dpo full": ("dpo", PAIRS, sorted_pairs),
         "kto lora": ("kto", LABELLED, {**pairs, "use_peft": True, "num_train_epochs": 2, "learning_rate": 1e-2}),
         "reward full": ("reward", PAIRS, {**pairs, "num_heads": 3}),
@@ -79,20 +92,53 @@ def results(tmp_path_factory, tokenizer):
     """{name: (one process, rank 0 of two, rank 1 of two)}"""
     folder = tmp_path_factory.mktemp("processes")
     _save_model(folder / "model", tokenizer)
+    deaf = functools.partial(Deaf, ear=tokenizer(PROMPTS[2]["prompt"])["input_ids"][0])
+    served = [
+        Served(load(folder / "model", device="cpu"), wrap, slots=8, name=str(folder / "model")).start()
+        for wrap in (None, deaf)
+    ]
     workers = []
     for processes in (1, 2):
         path = folder / f"cases-of-{processes}.json"
-        path.write_text(json.dumps(cases(folder / str(processes), folder / "model", processes)))
+        path.write_text(
+            json.dumps(cases(folder / str(processes), folder / "model", processes, [s.url for s in served]))
+        )
         workers += _start(path, processes)
     try:
         said = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
+        for server in served:
+            server.stop()
     assert [w.returncode for w in workers] == [0, 0, 0], "\n".join(said)
     notes = [folder / f"cases-of-{n}.rank{rank}" for n, rank in ((1, 0), (2, 0), (2, 1))]
     parts = [json.loads(path.read_text()) for path in notes]
     return {name: [part[name] for part in parts] for name in parts[0]}
+
+
+class Deaf:
+    """Stands before a server and answers 500 to prompts that begin with the token ``ear``."""
+
+    def __init__(self, app, ear):
+        self.app, self.ear = app, ear
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["path"] != "/v1/completions":
+            await self.app(scope, receive, send)
+            return
+        first = await receive()
+        prompt = json.loads(first["body"])["prompt"]
+        waiting = iter([first])
+
+        async def replay():
+            return next(waiting, None) or await receive()
+
+        if prompt[0] == self.ear:
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b"not you"})
+        else:
+            await self.app(scope, replay, send)
 
 
 def _start(path: Path, processes: int) -> list[subprocess.Popen]:
@@ -123,7 +169,7 @@ def _save_model(folder, tokenizer):
 
 SAME = ["sft full", "sft lora", "dpo full", "kto lora", "reward full"]
 SAME += ["sft short", "kto short", "aot short"]
-SAME += ["grpo full", "grpo lora", "grpo whitened", "grpo batch", "ppo full", "ppo lora"]
+SAME += ["grpo served", "grpo full", "grpo lora", "grpo whitened", "grpo batch", "ppo full", "ppo lora"]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -154,8 +200,22 @@ def test_two_processes_make_the_steps_of_one(name, results):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-5, abs=1e-6)
 
 
+def test_a_server_that_leaves_one_process_without_answers_stops_and_saves_both(results):
+    """Neither waits for the other for ever: who has its answers learns that the other has none."""
+    both = [r["error"] for r in results["grpo broken"][1:]]
+    assert [kind for kind, _ in both] == ["RolloutError"] * 2
+    asked = [said for _, said in both if "process" not in said.partition("rollout:")[0]]
+    heard = [said for _, said in both if "process" in said.partition("rollout:")[0]]
+    assert len(asked) == len(heard) == 1
+    assert "no samples for prompt 0 of 1: http://127.0.0.1" in asked[0] and "(not you), after 4 tries" in asked[0]
+    assert f"process {both.index(['RolloutError', asked[0]])}: {asked[0].partition(' (saved')[0]}" in heard[0]
+    assert all("continue with --resume" in said for _, said in both)
+
+
 def test_all_ranks_end_with_the_same_weights(results):
     for name, (_, first, second) in results.items():
+        if "error" in first:
+            continue
         assert first["weights"] == second["weights"], name
 
 

@@ -59,7 +59,7 @@ class Guard:
             raise ApiError(403, f"the request comes from a page of {origin}, which may not call this server")
         if self.api_key is not None:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            same = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+            same = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
             if scheme.lower() != "bearer" or not same:
                 raise ApiError(401, "this server wants its API key: send the header Authorization: Bearer KEY")
         length = headers.get("content-length", "0")

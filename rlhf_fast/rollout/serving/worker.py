@@ -76,7 +76,9 @@ class ServedModels:
         if name is None:
             return self.policy.role
         if name not in self.roles:
-            raise ApiError(404, f"the model {name!r} does not exist here; there are {', '.join(self.roles)}", "model")
+            raise ApiError(
+                404, f"the model {name!r} does not exist here; there are {', '.join(list(self.roles))}", "model"
+            )
         return self.roles[name]
 
     def load(self, name: str, folder: str) -> None:
@@ -202,7 +204,7 @@ class Worker(threading.Thread):
 
         The session stays open while nobody asks: on a GPU it holds graphs that take a while to capture.
         """
-        running = self.running
+        running, failure = self.running, None
         newcomers = [first, *self._waiting_for(first.role)]
         try:
             self.engine.role = first.role
@@ -222,8 +224,12 @@ class Worker(threading.Thread):
             if not isinstance(error, ApiError):
                 logger.exception("a turn failed")
                 error = ApiError(500, f"the engine failed: {_first_line(error)}")
+            failure = error
+        if failure is not None:
+            # here, where nothing holds what the failed step held any more: an engine that ran out of memory needs it back
+            self.engine.sleep()
             for job in {*newcomers, *running.values()}:
-                job.deliver(-1, error)
+                job.deliver(-1, failure)
             running.clear()
 
     def _admit(self, session: Any, job: Job, running: dict[Any, Job]) -> None:

@@ -15,8 +15,9 @@ What is alive when (a plan's ``peaks``)::
 
 ``inputs`` are the checkpointed inputs of the layers, gone one by one in the backward pass; ``layer`` is what one layer needs
 while it goes backward, ``head`` what the loss needs, ``update`` what is there from the start of a forward pass to the end of
-its backward pass. ``outside`` is what tensors do not account for, ``host`` what waits in pinned host memory and
-takes nothing of the GPU.
+its backward pass. ``outside`` is what tensors do not account for, ``vllm`` a vLLM in the same process that is there only while
+it samples, beside what is always there; ``host`` is what waits in pinned host memory and takes nothing of the GPU. Keys and
+values of a rollout count where the policy itself writes: not if a server or vLLM samples and nothing is evaluated.
 """
 
 from .activations import saved_per_token

@@ -12,7 +12,7 @@ from .shapes import Linear, Shape
 METHODS = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 REFERENCED = ("dpo", "kto", "ppo")  # compare with a reference by default; a config says so itself: ``needs_reference``
 GB = 10**9
-WHENS = ("always", "gradients", "inputs", "update", "head", "layer", "prefill", "decode", "outside", "host")
+WHENS = ("always", "gradients", "inputs", "update", "head", "layer", "prefill", "decode", "vllm", "outside", "host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,19 @@ class Job:
         False  # the reference has weights of its own: in full fine-tuning, or where a trained adapter goes on
     )
     merge_lora: bool = False  # sampling multiplies with copies of the weights that hold the adapter
+    samples_here: bool = True  # with the weights that are trained; no: a server, or a vLLM in the same process, does
     vllm_share: float = 0.0  # of the device, which a vLLM in the same process takes
+    vllm_sleeps: bool = False  # and gives back while the policy is updated
     device: str = "cuda"
 
     @property
     def samples(self) -> bool:
         return self.method in ("ppo", "grpo")
+
+    @property
+    def writes(self) -> bool:
+        """The policy itself samples, and needs its keys and values in this process."""
+        return self.samples and self.samples_here
 
     @property
     def unit(self) -> int:

@@ -72,8 +72,8 @@ class Plan:
             "backward of the last layer": begun + layer,
             "backward of the first layer": always + gradients + update + layer,
             "loss": begun + self.total("head"),
-            **({"prompts of a rollout": always + self.total("prefill")} if self.job.samples else {}),
-            **({"tokens of a rollout": always + self.total("decode")} if self.job.samples else {}),
+            **({"prompts of a rollout": always + self.total("prefill")} if self.job.writes else {}),
+            **({"tokens of a rollout": always + self.total("decode")} if self.job.writes else {}),
         }
 
     @property
@@ -83,8 +83,8 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """With what tensors do not account for."""
-        return self.tensors + self.total("outside")
+        """With what tensors do not account for; a vLLM that sleeps through updates meets the weights alone."""
+        return max(self.tensors, self.total("always", "vllm")) + self.total("outside")
 
     @property
     def host(self) -> float:
@@ -103,7 +103,7 @@ class Plan:
             "gradient_checkpointing": self.job.checkpointing,
             "offload_activations": self.job.offload,
         }
-        return chosen | ({"rollout_batch_size": self.job.rollout_batch_size} if self.job.samples else {})
+        return chosen | ({"rollout_batch_size": self.job.rollout_batch_size} if self.job.writes else {})
 
     def line(self) -> str:
         """The plan in one line."""
@@ -127,19 +127,21 @@ def plan(
         weights: the "always" parts, counted on a real model; from the shape when None.
     """
     always = list(weights if weights is not None else resident(job))
-    if job.samples and available is not None:
-        room = available * (1 - job.vllm_share) / (1 + SLACK) - CONTEXT_BYTES - sum(p.bytes for p in always)
+    if job.writes and available is not None:
+        taken = 0.0 if job.vllm_sleeps else job.vllm_share
+        room = available * (1 - taken) / (1 + SLACK) - CONTEXT_BYTES - sum(p.bytes for p in always)
         group = 8 * job.num_generations  # prompts are shared: count whole groups
         most = int(room / (rollout_peak(rollout(job, group)) / group)) if room > 0 else 0
         least = min(sequences, job.rollout_batch_size)
         job = replace(job, rollout_batch_size=max(min(job.rollout_batch_size, most), least))
-    parts = [*always, *passes(job, available), *(rollout(job, job.rollout_batch_size) if job.samples else [])]
+    parts = [*always, *passes(job, available), *(rollout(job, job.rollout_batch_size) if job.writes else [])]
     made = Plan(job, tuple(p for p in parts if p.bytes), available)
     if job.device == "cpu":
         return made
     outside = [Part("CUDA context", CONTEXT_BYTES, "outside"), Part("allocator slack", SLACK * made.tensors, "outside")]
     if available is not None and job.vllm_share:
-        outside.append(Part("vLLM", job.vllm_share * available, "outside"))
+        name, when = ("vLLM while it samples", "vllm") if job.vllm_sleeps else ("vLLM", "outside")
+        outside.append(Part(name, job.vllm_share * available, when))
     return replace(made, parts=(*made.parts, *outside))
 
 
@@ -170,7 +172,7 @@ def attempts(job: Job, free: Collection[str] = FREE) -> list[Job]:
 def choose(job: Job, available: int, weights: Sequence[Part] | None = None, free: Collection[str] = FREE) -> Plan:
     """The first of :func:`attempts` that fits into ``available`` bytes; the thriftiest one, with advice, if none does."""
     options = attempts(job, free)
-    wanted = SEQUENCES if job.samples else SEQUENCES[-1:]
+    wanted = SEQUENCES if job.writes else SEQUENCES[-1:]
     thriftiest = None
     for rank, (sequences, option) in enumerate(itertools.product(wanted, options)):
         made = replace(plan(option, available, weights, sequences), rank=rank)

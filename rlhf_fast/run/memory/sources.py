@@ -77,7 +77,10 @@ def _sampling(method: str, config: Any, length_given: bool) -> dict[str, Any]:
         "prompt_length": c.max_prompt_length,
         "rollout_batch_size": c.rollout_batch_size,
         "merge_lora": c.rollout_merge_lora is True,  # left to the rollouts, they merge where there is room
+        # evaluations are written by the policy itself
+        "samples_here": not c.use_vllm or bool(c.eval_dataset_name),
         "vllm_share": c.vllm_share,
+        "vllm_sleeps": c.vllm_enable_sleep_mode,
     }
     if method == "grpo":
         return known | {"num_generations": c.num_generations}
