@@ -30,6 +30,7 @@ COMMANDS = {
     ),
     "new-model": Command("start", "make a small model and its tokenizer from scratch", "commands.new_model:main"),
     "plan": Command("start", "what a run needs in memory, and which settings make it fit", "commands.plan:main"),
+    "check": Command("start", "what a training run would make of a data set, row by row", "commands.check:main"),
     "sft": Command(
         "train",
         "supervised fine-tuning on prompts with their responses",
@@ -107,9 +108,7 @@ def train(name: str, argv: Sequence[str]) -> int:
     """Run the trainer ``name``: config from flags and YAML, training, then table, plots and what to try next."""
     from rlhf_fast.run.config import parse_config
 
-    module, prefix = COMMANDS[name].target.split(":")
-    config_class = getattr(_load(module), f"{prefix}Config")
-    trainer_class = getattr(_load(module), f"{prefix}Trainer")
+    config_class, trainer_class = trainer_of(name)
     _check_backend()
     config = parse_config(
         config_class,
@@ -127,6 +126,12 @@ def train(name: str, argv: Sequence[str]) -> int:
         _report(name, trainer, figures or {}, config)
     # a stopped run must not let a `sft && ppo` go on with half a model
     return 0 if trainer.finished else 130
+
+
+def trainer_of(name: str) -> tuple[Any, Any]:
+    """The config class and the trainer class of a command that trains."""
+    module, prefix = COMMANDS[name].target.split(":")
+    return tuple(getattr(_load(module), prefix + what) for what in ("Config", "Trainer"))
 
 
 def _check_backend() -> None:

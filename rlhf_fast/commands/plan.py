@@ -131,9 +131,7 @@ def _job(args: Namespace) -> tuple[Job, set[str]]:
 
 def _config(args: Namespace) -> tuple[str, Any]:
     """The method that ``--config`` is for, and its trainer's config; reads the trainer, which takes a few seconds."""
-    import importlib
-
-    from rlhf_fast.cli import COMMANDS
+    from rlhf_fast.cli import trainer_of
     from rlhf_fast.run.config import parse_config
     from rlhf_fast.run.memory import METHODS
 
@@ -141,9 +139,7 @@ def _config(args: Namespace) -> tuple[str, Any]:
     method = args.method or (word if word in METHODS else None)
     if method is None:
         raise UserError(f"--config {args.config}: its name does not begin with a method; add --method METHOD")
-    module, prefix = COMMANDS[method].target.split(":")
-    config_class = getattr(importlib.import_module(f"rlhf_fast.{module}"), f"{prefix}Config")
-    return method, parse_config(config_class, ["--config", args.config])
+    return method, parse_config(trainer_of(method)[0], ["--config", args.config])
 
 
 def _check(job: Job) -> None:

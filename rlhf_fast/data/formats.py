@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_fast.data.sources import BadRow, Records, load_records
+from rlhf_fast.data.sources import BadRow, Problem, Records, brief, load_records
 from rlhf_fast.errors import UserError
 
 Row = dict[str, Any]
@@ -40,11 +40,19 @@ SHAREGPT_ROLES = {
 }
 
 
+HOW_TO_GO_ON = "Correct the row, or leave such rows out with bad_rows: drop."
+
+
 class NormalisedRecords(Records):
     """Canonical rows, what was dropped on the way, and which format was recognised."""
 
     format: str = ""
-    dropped: Counter
+    problems: list[Problem]  # of the rows that were left out
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many rows were left out, by reason."""
+        return Counter(problem.reason for problem in self.problems)
 
 
 @dataclass(frozen=True)
@@ -69,29 +77,28 @@ def normalise(records: Any, need: str, bad_rows: str = "error") -> NormalisedRec
         records: anything :func:`load_records` takes.
         need: ``sft``, ``preferences``, ``prompts`` or ``labelled``.
         bad_rows: ``error`` stops at the first row with a null, empty or wrongly typed value; ``drop`` leaves such rows
-            out and counts them in ``.dropped``.
+            out and keeps them in ``.problems``; ``audit`` does that, and takes it when no row is left.
     Raises:
         UserError: the columns fit no format, or (``error``) a row is bad, or (``drop``) none is left.
     """
-    if bad_rows not in ("error", "drop"):
+    if bad_rows not in ("error", "drop", "audit"):
         raise UserError(f"bad_rows must be 'error' or 'drop', got {bad_rows!r}.")
     records = load_records(records)
     fmt = recognise(records, need)
-    rows, lines, dropped, first = [], [], Counter(), None
+    rows, lines, problems = [], [], []
     for i, row in enumerate(records):
         try:
             rows.append(fmt.convert(row))
             lines.append(records.where(i).removeprefix(f"{records.source}, "))
         except BadRow as error:
-            message = f"{records.where(i)}: {error}"
             if bad_rows == "error":
-                raise UserError(f"{message} Correct the row, or leave such rows out with bad_rows: drop.") from None
-            dropped[error.reason] += 1
-            first = first or message
-    if not rows:
+                raise UserError(f"{records.where(i)}: {error} {HOW_TO_GO_ON}") from None
+            problems.append(Problem(records.where(i), error.column, error.reason, str(error)))
+    if not rows and bad_rows != "audit":
+        first = f"{problems[0].where}: {problems[0].message}"
         raise UserError(f"{records.source}: every one of its {len(records)} rows is unusable. The first: {first}")
     result = NormalisedRecords(rows, records.source, lines)
-    result.format, result.dropped = fmt.name, dropped
+    result.format, result.problems = fmt.name, problems
     return result
 
 
@@ -150,13 +157,20 @@ def _string(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(f"wrong {name}", f"`{name}` must be a string, got {_describe(value)}.")
     if not value.strip():
-        raise BadRow(f"empty {name}", f"`{name}` is empty.")
+        raise BadRow(f"empty {name}", f"`{name}` is empty: {value!r}.")
+    _encodable(name, value)
     return value
 
 
+def _encodable(name: str, text: str) -> None:
+    """Half a surrogate pair, as a cut ``\\ud83d\\ude00`` leaves it in JSON, is no text: tokenizers crash on it."""
+    odd = re.search("[\ud800-\udfff]", text)
+    if odd:
+        raise BadRow(f"wrong {name}", f"`{name}` holds half a character, {odd[0]!r}, at position {odd.start()}.")
+
+
 def _describe(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    return f"{type(value).__name__} {brief(value)}"
 
 
 def _messages(name: str, value: Any) -> list[dict]:
@@ -181,11 +195,26 @@ def _message(where: str, name: str, message: Any) -> dict:
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise BadRow(f"wrong {name}", f"`{where}` has no content.")
-    if content is not None and not isinstance(content, (str, list)):
+    if isinstance(content, list):
+        content = message["content"] = _joined(where, name, content)
+    if content is not None and not isinstance(content, str):
         raise BadRow(f"wrong {name}", f"the content of `{where}` must be a string, got {_describe(content)}.")
-    if isinstance(content, str) and not content.strip() and not message.get("tool_calls"):
-        raise BadRow(f"empty {name}", f"the content of `{where}` ({role}) is empty.")
+    if content is not None and not content.strip() and not message.get("tool_calls"):
+        raise BadRow(f"empty {name}", f"the content of `{where}` ({role}) is empty: {content!r}.")
+    if content is not None:
+        _encodable(where, content)
     return {**message, "role": role}
+
+
+def _joined(where: str, name: str, parts: list) -> str:
+    """The text of a content in parts. Most templates would print the list itself."""
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+            raise BadRow(
+                f"wrong {name}",
+                f"the content of `{where}` has a part that is no text, which is all we read: {brief(part)}.",
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def _prompt(value: Any) -> str | list[dict]:
@@ -356,11 +385,15 @@ def _is_transcript(text: str) -> bool:
 def _pair(row: Row) -> Row:
     """prompt/chosen/rejected, or chosen/rejected with the prompt in their shared beginning."""
     chosen, rejected = _get(row, "chosen")[1], _get(row, "rejected")[1]
-    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(value, (str, list)):
+            raise BadRow(f"wrong {name}", f"`{name}` must be a string or a list of messages, got {_describe(value)}.")
+    if type(chosen) is not type(rejected):
+        names = ("chosen", "rejected") if isinstance(chosen, list) else ("rejected", "chosen")
         raise BadRow(
             "wrong responses",
-            f"`chosen` and `rejected` must both be strings or both lists of messages, got {_describe(chosen)} and "
-            f"{_describe(rejected)}.",
+            f"`{names[0]}` and `{names[1]}` must both be strings or both lists of messages, got "
+            f"{_describe(row[names[0]])} and {_describe(row[names[1]])}.",
         )
     prompt = row.get("prompt")
     if isinstance(chosen, str) and prompt is None and _is_transcript(chosen) and _is_transcript(rejected):
@@ -380,6 +413,12 @@ def _pair(row: Row) -> Row:
         **_weight(row),
     }
     return out if row.get("margin") is None else {**out, "margin": _number("margin", row["margin"])}
+
+
+def _pair_with_prompt(row: Row) -> Row:
+    """Of a data set with prompts, where a row without one is a mistake: no beginning that its responses share is one."""
+    _get(row, "prompt")
+    return _pair(row)
 
 
 def _split_shared(chosen: str | list, rejected: str | list) -> tuple[Any, Any, Any]:
@@ -477,13 +516,14 @@ NEEDS: dict[str, tuple[Format, ...]] = {
         Format("messages", _CHAT, _conversation),
         Format("prompt and completion", _PAIRED, _prompt_completion),
         Format("text", _TEXT, _text),
+        Format("preferences: the chosen response", _CHOSEN, _best_response(_pair_with_prompt)),
         Format("preferences: the chosen response", _IMPLICIT, _best_response(_pair)),
         Format("rankings: the best response", _RANKED, _best_response(_ranked)),
         Format("alpaca", _ALPACA, _alpaca),
         Format("question and answer", _QA, _question_answer),
     ),
     "preferences": (
-        Format("pairs", _CHOSEN, _pair),
+        Format("pairs", _CHOSEN, _pair_with_prompt),
         Format("pairs with a shared prompt", _IMPLICIT, _pair),
         Format("rankings", _RANKED, _ranked),
     ),

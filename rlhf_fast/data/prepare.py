@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rlhf_fast.data.batch import Example, Labelled, Preference, Prompt
-from rlhf_fast.data.formats import NormalisedRecords, normalise
-from rlhf_fast.data.sources import BadRow
+from rlhf_fast.data.formats import HOW_TO_GO_ON, NormalisedRecords, normalise
+from rlhf_fast.data.sources import BadRow, Problem
 from rlhf_fast.data.templates import Encoder, token_audit, truncate
 from rlhf_fast.errors import UserError
 
@@ -35,12 +36,22 @@ class Report:
     kept: int = 0
     tokens: int = 0  # of the kept rows, all responses of a preference counted
     trained_tokens: int = 0
-    longest: int = 0  # tokens, before truncation
+    lengths: array = field(default_factory=lambda: array("I"))  # tokens of every sequence, before truncation
     truncated: int = 0  # kept rows that lost tokens
     tokens_cut: int = 0  # tokens lost to truncation, those of dropped rows included
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    problems: list[Problem] = field(default_factory=list)  # the rows that cannot be used, too long ones aside
+    repeated: int = 0  # kept rows whose tokens an earlier one has
+    begun: set[int] = field(default_factory=set)  # hashes of the rows' prompts, or of whole texts
+    refusal: str | None = None  # why training does not begin; only an audit has a report then
     notes: Counter[str] = field(default_factory=Counter)  # what had to be put right -> rows
     audit: list[str] = field(default_factory=list)  # token_audit's lines
+    stop_ids: Sequence[int] = ()  # tokens that end a response
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, before truncation."""
+        return max(self.lengths, default=0)
 
     @property
     def shortened(self) -> int:
@@ -59,8 +70,18 @@ class Report:
                 f"{self.name}: {self.truncated:,} rows truncated to {self.max_length}, {self.tokens_cut:,} tokens cut"
             )
         out += [f"{self.name}: {rows:,} rows dropped: {reason}" for reason, rows in self.dropped.items() if rows]
+        if self.repeated:
+            out.append(f"{self.name}: {self.repeated:,} rows repeat an earlier row, token for token")
         out += [f"{self.name}: in {rows:,} rows {note}" for note, rows in self.notes.items()]
         return out + self.audit
+
+    def shared_with(self, other: Report) -> str | None:
+        """A sentence about the prompts (or texts) that two data sets share, None when there is none: what was trained on
+        tells nothing about other data.
+        """
+        shared = len(self.begun & other.begun)
+        what = f"{shared:,} of the {len(other.begun):,} prompts of {other.name} are in {self.name} too"
+        return f"{what}: figures of {other.name} will flatter" if shared else None
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -84,8 +105,8 @@ def prepare_sft(
         completion_only: train the completion, not the prompt.
         assistant_only: of conversations, train the assistant's messages.
         allow_truncation: take any share of shortened rows; otherwise more than ``max_truncated_share`` is an error.
-        options: ``vocab_size``, ``stop_ids``, ``chat_template_kwargs``, ``bad_rows``, ``max_truncated_share`` (0.01) and
-            ``name``, see :class:`_Preparation`.
+        options: ``vocab_size``, ``stop_ids``, ``chat_template_kwargs``, ``bad_rows``, ``max_truncated_share`` (0.01),
+            ``name`` and ``check``, see :class:`_Preparation`.
     Raises:
         UserError: unusable records, or too many rows too long.
     """
@@ -186,9 +207,9 @@ def prepare_prompts(
 
     def encode(row: dict) -> Prompt:
         ids = work.encoder.prompt(row["prompt"])
-        work.report.longest = max(work.report.longest, len(ids))
+        work.report.lengths.append(len(ids))
         if max_prompt_length is not None and len(ids) > max_prompt_length:
-            raise BadRow(LONG_PROMPT, f"the prompt has {len(ids)} tokens.")
+            raise BadRow(LONG_PROMPT, f"`prompt` has {len(ids)} tokens.")
         work.report.tokens += len(ids)
         return Prompt(ids, row["prompt"], {key: row.get(key) for key in columns})
 
@@ -203,8 +224,10 @@ class _Preparation:
         vocab_size: rows of the model's embedding; larger ids are refused.
         stop_ids: ``generation_config.eos_token_id``, one or several.
         chat_template_kwargs: variables for the chat template.
-        bad_rows: ``error`` or ``drop``, see :func:`rlhf_fast.data.formats.normalise`.
+        bad_rows: ``error``, ``drop`` or ``audit``, see :func:`rlhf_fast.data.formats.normalise`. An audit gives a report in
+            any case, whose ``refusal`` is what would have been raised.
         max_truncated_share: share of rows that may be cut or dropped for their length without ``allow_truncation``.
+        check: called with each canonical row; raises BadRow where an algorithm cannot use it.
     """
 
     def __init__(
@@ -222,6 +245,7 @@ class _Preparation:
         chat_template_kwargs: dict[str, Any] | None = None,
         bad_rows: str = "error",
         max_truncated_share: float = 0.01,
+        check: Callable[[dict], None] = lambda row: None,
     ):
         if max_length is not None and max_length < 2:
             raise UserError(f"{limit} must be at least 2 tokens, got {max_length}.")
@@ -230,7 +254,9 @@ class _Preparation:
         self.report = Report(name, self.rows.source, self.rows.format, max_length)
         self.report.rows = len(self.rows) + sum(self.rows.dropped.values())
         self.report.dropped.update(self.rows.dropped)
-        self._limit, self._drop_bad = limit, bad_rows == "drop"
+        self.report.problems += self.rows.problems
+        self.report.stop_ids = self.encoder.stop_ids
+        self._limit, self._bad_rows, self._check = limit, bad_rows, check
         self._allowed = 1.0 if allow_truncation else max_truncated_share
 
     def fit(self, examples: list[Example], row: dict) -> list[Example]:
@@ -244,12 +270,12 @@ class _Preparation:
         fitted = []
         for example in examples:
             example.weight = row.get("weight", 1.0)
-            report.longest = max(report.longest, len(example))
+            report.lengths.append(len(example))
             fitted.append(truncate(example, report.max_length))
             cut += 0 if report.max_length is None else max(len(example) - report.max_length, 0)
         report.tokens_cut += cut
         if None in fitted:
-            raise BadRow(TOO_LONG, "no trained token lies within max_length.")
+            raise BadRow(TOO_LONG, f"no trained token lies within max_length {report.max_length}.")
         report.truncated += bool(cut)
         report.tokens += sum(map(len, fitted))
         report.trained_tokens += sum(sum(e.response_mask) for e in fitted)
@@ -257,33 +283,67 @@ class _Preparation:
 
     def run(self, encode: Callable[[dict], Item]) -> tuple[list[Item], Report]:
         """Encode every row; drop what is too long, and what is bad where that was asked for."""
-        report, items = self.report, []
+        report, items, seen = self.report, [], set()
         for i, row in enumerate(self.rows):
             self.encoder.notes.clear()
             try:
-                items.append(encode(row))
+                self._check(row)
+                item = encode(row)
             except BadRow as error:
-                if error.reason not in (TOO_LONG, SAME_WHEN_CUT, LONG_PROMPT) and not self._drop_bad:
-                    raise UserError(f"{self.rows.where(i)}: {error}") from None
-                report.dropped[error.reason] += 1
+                self._leave_out(error, self.rows.where(i))
+                continue
             except UserError as error:
                 raise UserError(f"{self.rows.where(i)}: {error}") from None
+            items.append(item)
             report.notes.update(self.encoder.notes.keys())
+            whole, start = _hashes(item)
+            report.repeated += whole in seen
+            seen.add(whole)
+            report.begun.add(start)
         report.kept = len(items)
         # after the rows, which may have had to set a chat template
         encoder = self.encoder
         report.audit = token_audit(encoder.tokenizer, vocab_size=encoder.vocab_size, stop_ids=encoder.stop_ids)
-        self._check_share()
+        report.refusal = self._refusal()
+        if report.refusal and self._bad_rows != "audit":
+            raise UserError(report.refusal)
         return items, report
 
-    def _check_share(self) -> None:
+    def _leave_out(self, error: BadRow, where: str) -> None:
+        if error.reason not in (TOO_LONG, SAME_WHEN_CUT, LONG_PROMPT):
+            if self._bad_rows == "error":
+                raise UserError(f"{where}: {error} {HOW_TO_GO_ON}") from None
+            self.report.problems.append(Problem(where, error.column, error.reason, str(error)))
+        self.report.dropped[error.reason] += 1
+
+    def _refusal(self) -> str | None:
         report = self.report
         share = report.shortened / report.rows
         if share > self._allowed:
-            raise UserError(
+            return (
                 f"{report.source}: {report.shortened} of {report.rows} rows ({share:.1%}) are longer than {self._limit} "
                 f"{report.max_length} (the longest has {report.longest} tokens), more than the {self._allowed:.1%} that may "
                 f"be cut or dropped. Raise {self._limit}, or set allow_truncation: true."
             )
-        if not report.kept:
-            raise UserError(f"{report.source}: no row is left. Dropped: {dict(report.dropped)}.")
+        return None if report.kept else f"{report.source}: no row is left. Dropped: {dict(report.dropped)}."
+
+
+def _hashes(item: Item) -> tuple[int, int]:
+    """Of all tokens of a row, and of those before the first trained one (of a text: of all)."""
+    if isinstance(item, Prompt):
+        whole = start = tuple(item.input_ids)
+    else:
+        first, *others = examples_of(item)
+        whole = (*first.input_ids, -1, *(i for e in others for i in (*e.input_ids, -1)))
+        if isinstance(item, Labelled):
+            whole = (*whole, item.label)
+        trained = first.response_mask.index(True)
+        start = tuple(first.input_ids[:trained] if trained > 1 else first.input_ids)
+    return hash(whole), hash(start)
+
+
+def examples_of(item: Item) -> list[Example]:
+    """The sequences of a row: one, of a preference one for each response; of a prompt none."""
+    if isinstance(item, Preference):
+        return item.responses
+    return [item] if isinstance(item, Example) else [item.example] if isinstance(item, Labelled) else []

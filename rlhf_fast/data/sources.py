@@ -12,10 +12,11 @@ import gzip
 import io
 import json
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from rlhf_fast.errors import UserError
 
@@ -29,6 +30,21 @@ class BadRow(UserError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason  # two or three words, the key of the count of dropped rows
+
+    @property
+    def column(self) -> str:
+        """The column at fault: what the message names first in backquotes."""
+        named = re.search(r"`([^`]+)`", str(self))
+        return named[1] if named else ""
+
+
+class Problem(NamedTuple):
+    """A row that cannot be used."""
+
+    where: str  # as ``train.jsonl, line 17``
+    column: str
+    reason: str  # two or three words
+    message: str  # what is wrong, with the value
 
 
 class Records(list):
@@ -157,7 +173,7 @@ def _read_file(path: Path, split: str | None) -> Records:
             reader = _read_csv if suffix.startswith(".csv") else _read_jsonl
             return _refuse_split(reader(file, path), path, split)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+        raise UserError(f"{path}, {_undecodable(path)} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     except (gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path} is not a complete gzip file ({error}). Write it again.") from None
     except OSError as error:
@@ -168,6 +184,17 @@ def _open_text(path: Path) -> IO[str]:
     opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
     # utf-8-sig: a byte-order mark, as spreadsheets write it, is not part of the first column's name
     return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _undecodable(path: Path) -> str:
+    """The line that is not UTF-8, and the byte in it. Text readers decode in blocks and do not know."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}: byte {error.start + 1} ({line[error.start : error.start + 1]!r})"
+    return "at its end: a character"
 
 
 def _refuse_split(records: Records, path: Path, split: str | None) -> Records:
@@ -251,16 +278,19 @@ def _read_jsonl(file: IO[str], path: Path) -> Records:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parse(line)
         except json.JSONDecodeError as error:
             start = line.strip()[:60]
             raise UserError(
                 f"{path}, line {number}: malformed JSON at column {error.colno} ({error.msg}): {start!r}. "
                 "Every line must be one complete JSON object."
             ) from None
+        except BadRow as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict):
             raise UserError(
-                f"{path}, line {number}: expected a JSON object, got {_json_type(row)}: {line.strip()[:60]!r}."
+                f"{path}, line {number}: expected a JSON object, got {_json_type(row)}: {line.strip()[:60]!r}. "
+                "Every line must be one complete JSON object."
             )
         rows.append(row)
         lines.append(f"line {number}")
@@ -270,7 +300,9 @@ def _read_jsonl(file: IO[str], path: Path) -> Records:
 def _read_json(file: IO[str], path: Path, split: str | None) -> Records:
     text = file.read()
     try:
-        value = json.loads(text)
+        value = _parse(text)
+    except BadRow as error:
+        raise UserError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # several objects, one a line, under the wrong name
             return _refuse_split(_read_jsonl(io.StringIO(text), path), path, split)
@@ -289,21 +321,29 @@ def _read_json(file: IO[str], path: Path, split: str | None) -> Records:
 def _read_csv(file: IO[str], path: Path) -> Records:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(file, strict=True)
+    first = 1  # line of the row that is being read
     try:
         header = [h.strip() for h in next(reader, [])]
         if not all(header) or len(set(header)) < len(header):
             raise UserError(f"{path}, line 1: every column needs its own name, got {header}.")
         rows, lines = [], []
+        first = reader.line_num + 1
         for values in reader:
+            where, first = f"line {first}", reader.line_num + 1
             if not values:
                 continue
-            where = f"line {reader.line_num}"
             if len(values) != len(header):
-                raise UserError(f"{path}, {where}: {len(values)} cells, but the header names {len(header)} columns.")
+                raise UserError(
+                    f"{path}, {where}: {len(values)} cells, but the header names {len(header)} columns "
+                    f"({', '.join(header)}): {brief(values)}. Quote cells that hold commas or line breaks."
+                )
             rows.append({key: _csv_cell(value) for key, value in zip(header, values)})
             lines.append(where)
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: malformed CSV ({error}).") from None
+        raise UserError(
+            f"{path}, line {first}: malformed CSV ({error} by line {reader.line_num}). Close each quoted cell, and write a "
+            'quote within it twice: "".'
+        ) from None
     return Records(rows, str(path), lines)
 
 
@@ -327,6 +367,26 @@ def _read_parquet(path: Path) -> Records:
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise UserError(f"{path} is not a readable parquet file: {_first_line(error.__cause__ or error)}") from None
     return Records(rows, str(path))
+
+
+def _parse(text: str) -> Any:
+    """JSON, without the keys that are given twice: all but the last would be lost without a word."""
+    return json.loads(text, object_pairs_hook=_one_of_each)
+
+
+def _one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        name = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        values = " and ".join(brief(value) for key, value in pairs if key == name)
+        raise BadRow(f"two {name}", f"`{name}` is there twice, as {values}. Leave one of them.")
+    return row
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: its first 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _json_type(value: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.batch import Example
-from rlhf_fast.data.sources import BadRow
+from rlhf_fast.data.sources import BadRow, brief
 from rlhf_fast.errors import UserError
 
 Messages = list[dict]
@@ -46,6 +46,7 @@ BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
 NO_TEMPLATE = "the tokenizer has no chat template: the plain one ('User: ...\\n\\nAssistant: ...') is set on it"
 MOVED_BOUNDARY = "the prompt alone is no prefix of prompt and response: the response is taken from where they part"
 NO_STOP = "the chat template ends an answer without a stop token: the eos token is appended"
+STOP_WITHIN = "the text itself holds a stop token: generation would end there"
 DOUBLE_BOS = "the text begins with a second BOS: one is removed"
 
 
@@ -132,6 +133,7 @@ class Encoder:
         self.eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id in self.stop_ids else self.stop_ids[0]
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.vocab_size = vocab_size
+        self._stop_texts = [t for t in tokenizer.convert_ids_to_tokens(self.stop_ids) if t]
         self.notes: Counter[str] = Counter()
         self._last_prompt: tuple[Any, list[int]] = (None, [])  # the responses of a preference share theirs
 
@@ -139,6 +141,7 @@ class Encoder:
 
     def text(self, text: str) -> Example:
         """Running text and a stop token; every token after the first is trained."""
+        self._look_within(text)
         ids = self._ended(self._plain(text))
         return self._example(ids, [True] * len(ids))
 
@@ -147,7 +150,7 @@ class Encoder:
         if prompt is not self._last_prompt[0]:
             ids = self._plain(prompt) if isinstance(prompt, str) else self._chat(prompt, add_generation_prompt=True)[0]
             if not ids:
-                raise BadRow("empty prompt", "the prompt has no tokens.")
+                raise BadRow("empty prompt", f"`prompt` has no tokens: {brief(prompt)}.")
             self._check_range(ids)
             self._last_prompt = (prompt, ids)
         return list(self._last_prompt[1])
@@ -160,6 +163,7 @@ class Encoder:
         Of a completion that is a conversation itself only the assistant's messages are trained.
         """
         prompt_ids = self.prompt(prompt)
+        self._look_within(completion)
         if isinstance(prompt, str):
             ids = self._ended(self._plain(prompt + completion))
             start = self._boundary(prompt_ids, ids)
@@ -181,6 +185,7 @@ class Encoder:
         Raises:
             BadRow: not one assistant token was found.
         """
+        self._look_within(messages[first:])
         if not assistant_only:
             ids = self._cut_after_stop(self._chat(messages)[0], 0)
             return self._example(ids, [True] * len(ids))
@@ -192,7 +197,10 @@ class Encoder:
             start = self._boundary(self._chat(messages[:first], add_generation_prompt=True)[0], ids)
             mask = [m and i >= start for i, m in enumerate(mask)]
         if not any(mask):
-            raise BadRow("no assistant tokens", "the chat template marks not one token as the assistant's.")
+            raise BadRow(
+                "no assistant tokens",
+                f"the chat template marks not one token as the assistant's. The last of `messages`: {brief(messages[-1])}.",
+            )
         mask = self._train_stops(ids, mask)
         end = max(i for i, m in enumerate(mask) if m) + 1
         ids, mask = ids[:end], mask[:end]
@@ -231,7 +239,10 @@ class Encoder:
             # jinja2 belongs to the tokenizer, not to this layer: known by where it comes from
             if not type(error).__module__.startswith("jinja2"):
                 raise
-            raise BadRow("refused by template", f"the chat template refuses these messages: {error}.") from None
+            raise BadRow(
+                "refused by template",
+                f"the chat template refuses these messages: {error}. The last of `messages`: {brief(messages[-1])}.",
+            ) from None
         ids = self._one_bos(list(out["input_ids"]))
         mask = [bool(m) for m in out.get("assistant_masks", [])]
         return ids, mask[len(mask) - len(ids) :] if mask else []
@@ -304,6 +315,12 @@ class Encoder:
         if mask:
             mask[0] = False  # nothing precedes it, so nothing predicts it
         return Example(ids, mask)
+
+    def _look_within(self, said: str | Messages) -> None:
+        """Note a stop token that somebody wrote into what is learned: ``<|im_end|>`` in an answer is one to the tokenizer."""
+        texts = [said] if isinstance(said, str) else [m.get("content") for m in said if m["role"] == "assistant"]
+        if any(stop in (text or "").rstrip().removesuffix(stop) for stop in self._stop_texts for text in texts):
+            self.notes[STOP_WITHIN] += 1
 
 
 def _stop_list(tokenizer: Any, stop_ids: int | Iterable[int] | None) -> list[int]:

@@ -9,13 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_fast.errors import UserError
 
 from .adapters import adapter_base, is_4bit, nf4_config
 from .fingerprint import difference, fingerprint
-from .policy import HEADS_FILE, Policy, load_heads, saved_base, saved_role
+from .policy import HEADS_FILE, Policy, load_heads, saved_base, saved_role, stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +96,32 @@ def load(
     if is_4bit(policy.model) and not policy.adapters.names:
         policy.model.requires_grad_(False)
     return policy
+
+
+def load_tokenizer(model: str | Path) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """The tokenizer of a model or run folder or name, and what preparing data asks of its model; no weights are read.
+
+    Returns:
+        the tokenizer, and ``{"vocab_size": rows of the embedding, "stop_ids": tokens that end a response}``.
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
+    folder = Path(model)
+    base = adapter_base(folder) if (folder / "adapter_config.json").is_file() else str(model)
+    _check_folder(base)
+    tokenizer = _tokenizer(str(model), base)
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {base!r}: {_first_line(error)}") from error
+    try:
+        generation = GenerationConfig.from_pretrained(base)
+    except OSError:  # without the file, what transformers makes of the config
+        generation = GenerationConfig.from_model_config(config)
+    return tokenizer, {
+        "vocab_size": config.get_text_config().vocab_size,
+        "stop_ids": stop_ids(generation, tokenizer),
+    }
 
 
 def attach(policy: Policy, role: str, folder: str | Path, name: str | None = None) -> Policy:

@@ -90,13 +90,7 @@ class Policy(nn.Module):
     @property
     def stop_ids(self) -> list[int]:
         """Every token that ends a response: all of the generation config's, else the tokenizer's."""
-        config = self.model.generation_config
-        ids = (
-            config.eos_token_id
-            if config is not None and config.eos_token_id is not None
-            else self.tokenizer.eos_token_id
-        )
-        return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+        return stop_ids(self.model.generation_config, self.tokenizer)
 
     # ---- roles
 
@@ -401,6 +395,13 @@ def load_heads(policy: Policy, folder: Path, role: str) -> None:
     saved = {key.split(".", 1)[1]: value for key, value in load_file(folder / HEADS_FILE).items()}
     policy.add_head(role, count=saved["bias"].numel())
     policy.heads[role].load_state_dict(saved)
+
+
+def stop_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a response: the generation config's, else the tokenizer's."""
+    ids = None if generation_config is None else generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 def saved_role(folder: Path) -> str:

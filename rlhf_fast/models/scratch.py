@@ -148,7 +148,8 @@ def _texts(corpus: str | Path | Iterable[str]) -> Iterable[str]:
             return path.read_text(encoding="utf-8").splitlines(keepends=True)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    return (text for row in load_records(str(corpus)) for text in _strings(row))
+    # half a surrogate pair, as cut JSON escapes leave it, becomes a question mark
+    return (s.encode(errors="replace").decode() for row in load_records(str(corpus)) for s in _strings(row))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.data.batch import Example, TokenBatch, packed_length
 from rlhf_fast.data.packing import fullest, micro_batches_of_bundles
+from rlhf_fast.data.prepare import Report
 from rlhf_fast.models import Policy
 
 from .config import TrainerConfig
@@ -28,7 +29,7 @@ class Window:
 
 
 class Algorithm:
-    """An algorithm gives ``prepare_data``, ``examples``, ``size`` and ``losses``, ``collect`` if it samples, and what else
+    """An algorithm gives ``tokenize``, ``examples``, ``size`` and ``losses``, ``collect`` if it samples, and what else
     of the following differs from the default.
     """
 
@@ -57,9 +58,18 @@ class Algorithm:
     def add_roles(self) -> None:
         """Add critic, reference, heads to ``self.policy``."""
 
-    def prepare_data(self, records) -> Sequence[Any]:
-        """Raw records -> tokenized ones."""
+    @classmethod
+    def tokenize(cls, records: Any, tokenizer: Any, args: Any, **options: Any) -> tuple[list[Any], Report]:
+        """Raw records -> tokenized ones, and what became of each row: what ``rlhf-fast check`` shows.
+
+        Args:
+            options: of :mod:`rlhf_fast.data.prepare`.
+        """
         raise NotImplementedError
+
+    def arrange(self, rows: list[Any]) -> Sequence[Any]:
+        """Tokenized rows -> the records that windows are drawn from."""
+        return rows
 
     def complete_data(self, records: Sequence[Any]) -> Sequence[Any]:
         """Tokenized records -> the same with what only passes through the model say, whose size is settled by now."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example, Preference
-from rlhf_fast.data.prepare import prepare_preferences
+from rlhf_fast.data.prepare import Report, prepare_preferences
+from rlhf_fast.data.sources import BadRow
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import sequence_logprobs
 from rlhf_fast.losses.preference import PAIRED, Coefficients, Pairs, Row, check
@@ -92,18 +93,22 @@ class DPOTrainer(Trainer):
             self.policy.add_reference()
         self.say(f"reference: {self.policy.reference if self.args.needs_reference else 'none, the loss needs none'}")
 
-    def prepare_data(self, records) -> list[Preference]:
-        a = self.args
-        pairs, report = prepare_preferences(
-            records, self.tokenizer, max_length=a.max_length, allow_truncation=a.allow_truncation, **self.tokenizing
-        )
-        self.say(report)
-        for row, pair in enumerate(pairs):
-            if len(pair.responses) != 2:
-                raise UserError(f"row {row}: DPO needs a chosen and a rejected response, got {len(pair.responses)}")
-            if pair.weight != 1.0 and self.any_is("coupled"):
-                raise UserError(f"row {row}: weight is {pair.weight}, but loss_type aot sorts pairs and has no weights")
-        return pairs
+    @classmethod
+    def tokenize(cls, records, tokenizer, args: DPOConfig, **options) -> tuple[list[Preference], Report]:
+        coupled = any(PAIRED[kind].coupled for kind in args.loss_type)
+
+        def check(row: dict) -> None:
+            if (count := len(row["responses"])) != 2:
+                raise BadRow(
+                    "not a pair", f"`responses` has {count} of them, and DPO compares two: a chosen, a rejected."
+                )
+            if coupled and (weight := row.get("weight", 1.0)) != 1.0:
+                raise BadRow(
+                    "weighted pair", f"`weight` is {weight}, but loss_type aot sorts pairs and has no weights."
+                )
+
+        limits = {"max_length": args.max_length, "allow_truncation": args.allow_truncation}
+        return prepare_preferences(records, tokenizer, check=check, **limits, **options)
 
     def complete_data(self, records: list[Preference]) -> list[Preference]:
         if not self.args.precompute_ref_log_probs:

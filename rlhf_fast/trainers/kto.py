@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example, Labelled
-from rlhf_fast.data.prepare import prepare_labelled
+from rlhf_fast.data.prepare import Report, prepare_labelled
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import sequence_logprobs
 from rlhf_fast.losses.preference import UNPAIRED
@@ -64,14 +64,13 @@ class KTOTrainer(Trainer):
     def needs_kl(self) -> bool:
         return UNPAIRED[self.args.loss_type].needs_kl
 
-    def prepare_data(self, records) -> list[Labelled]:
-        a = self.args
-        rows, report = prepare_labelled(
-            records, self.tokenizer, max_length=a.max_length, allow_truncation=a.allow_truncation, **self.tokenizing
-        )
+    @classmethod
+    def tokenize(cls, records, tokenizer, args: KTOConfig, **options) -> tuple[list[Labelled], Report]:
+        limits = {"max_length": args.max_length, "allow_truncation": args.allow_truncation}
+        rows, report = prepare_labelled(records, tokenizer, **limits, **options)
         good = sum(r.label for r in rows)
-        self.say(f"{report}\n{self._preparing}: {good:,} desirable, {len(rows) - good:,} undesirable")
-        return rows
+        report.audit.insert(0, f"{report.name}: {good:,} desirable, {len(rows) - good:,} undesirable")
+        return rows, report
 
     def complete_data(self, records: list[Labelled]) -> list[Labelled]:
         return self._with_reference(records, precomputed) if self.args.precompute_ref_log_probs else records

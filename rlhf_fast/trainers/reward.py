@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example, Preference
-from rlhf_fast.data.prepare import prepare_preferences
+from rlhf_fast.data.prepare import Report, prepare_preferences
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import pairwise_reward_loss, ranked_reward_loss
 from rlhf_fast.rewards.calibration import calibration
@@ -54,13 +54,14 @@ class RewardTrainer(Trainer):
         elif (there := self.policy.heads["reward"].count) != self.args.num_heads:
             raise UserError(f"num_heads is {self.args.num_heads}, but the reward model to go on with has {there}")
 
-    def prepare_data(self, records) -> list[Preference]:
-        a = self.args
-        preferences, report = prepare_preferences(
-            records, self.tokenizer, max_length=a.max_length, allow_truncation=a.allow_truncation, **self.tokenizing
-        )
-        self.say(report)
-        if a.num_heads > 1 and self._preparing == "train":
+    @classmethod
+    def tokenize(cls, records, tokenizer, args: RewardConfig, **options) -> tuple[list[Preference], Report]:
+        limits = {"max_length": args.max_length, "allow_truncation": args.allow_truncation}
+        return prepare_preferences(records, tokenizer, **limits, **options)
+
+    def prepare_data(self, records, name: str = "train") -> list[Preference]:
+        a, preferences = self.args, super().prepare_data(records, name)
+        if a.num_heads > 1 and name == "train":
             weights = torch.empty(len(preferences), a.num_heads)
             weights.exponential_(generator=torch.Generator().manual_seed(a.seed))
             for preference, of_heads in zip(preferences, (weights / weights.mean(0)).tolist()):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
-from rlhf_fast.data.prepare import prepare_prompts
+from rlhf_fast.data.prepare import Report, prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
@@ -71,17 +71,10 @@ class RLTrainer(Trainer):
         if not self.functions:
             raise UserError("reward_funcs is empty: name at least one, e.g. --reward_funcs answer")
 
-    def prepare_data(self, records) -> list[Prompt]:
-        a = self.args
-        prompts, report = prepare_prompts(
-            records,
-            self.tokenizer,
-            max_prompt_length=a.max_prompt_length,
-            allow_truncation=a.allow_truncation,
-            **self.tokenizing,
-        )
-        self.say(report)
-        return prompts
+    @classmethod
+    def tokenize(cls, records, tokenizer, args: RLConfig, **options) -> tuple[list[Prompt], Report]:
+        limits = {"max_prompt_length": args.max_prompt_length, "allow_truncation": args.allow_truncation}
+        return prepare_prompts(records, tokenizer, **limits, **options)
 
     @property
     def rollout_batch_size(self) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.data.packing import pack_bins
-from rlhf_fast.data.prepare import prepare_sft
+from rlhf_fast.data.prepare import Report, prepare_sft
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.noise import embedding_noise
 
@@ -45,18 +45,20 @@ class SFTTrainer(Trainer):
     learning_rates = (2e-5, 2e-4)
     keep_dropout = True
 
-    def prepare_data(self, records) -> list[list[Example]]:
-        a = self.args
-        examples, report = prepare_sft(
+    @classmethod
+    def tokenize(cls, records, tokenizer, args: SFTConfig, **options) -> tuple[list[Example], Report]:
+        return prepare_sft(
             records,
-            self.tokenizer,
-            max_length=a.max_length,
-            completion_only=a.completion_only_loss,
-            assistant_only=a.assistant_only_loss,
-            allow_truncation=a.allow_truncation,
-            **self.tokenizing,
+            tokenizer,
+            max_length=args.max_length,
+            completion_only=args.completion_only_loss,
+            assistant_only=args.assistant_only_loss,
+            allow_truncation=args.allow_truncation,
+            **options,
         )
-        self.say(report)
+
+    def arrange(self, examples: list[Example]) -> list[list[Example]]:
+        a = self.args
         if not a.packing:
             return [[e] for e in examples]
         bins = pack_bins([len(e) for e in examples], a.max_length, seed=a.seed)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from rlhf_fast.data.packing import IndexSampler
+from rlhf_fast.data.prepare import Report
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models import disable_dropout
@@ -103,12 +104,13 @@ class Trainer(Algorithm):
                 )
             disable_dropout(self.policy)
         self.micro_batch_tokens = self.args.micro_batch_tokens  # until the memory plan settles it
-        self._preparing = "train"  # the name of the data set in reports
-        self.train_records = self.prepare_data(records_of(train_dataset, "train_dataset"))
-        self._preparing = "eval"
+        self.reports: dict[str, Report] = {}  # what became of the rows of each data set
+        self.train_records = self.prepare_data(records_of(train_dataset, "train_dataset"), "train")
         self.eval_records = (
-            None if eval_dataset is None else self.prepare_data(records_of(eval_dataset, "eval_dataset"))
+            None if eval_dataset is None else self.prepare_data(records_of(eval_dataset, "eval_dataset"), "eval")
         )
+        if eval_dataset is not None and (shared := self.reports["train"].shared_with(self.reports["eval"])):
+            self.say(shared)
         self._prepare_callbacks(callbacks)
         self.memory_plan = memory.settle(self)
         self.train_records = self.complete_data(self.train_records)
@@ -140,6 +142,20 @@ class Trainer(Algorithm):
             eval_dataset=evaluation,
             **cls.extra_arguments(config),
         )
+
+    def prepare_data(self, records: Any, name: str = "train") -> Sequence[Any]:
+        """Raw records -> those that windows are drawn from; says what became of the rows of the data set ``name``.
+
+        Raises:
+            UserError: a row is bad, or too many are too long.
+        """
+        vocab_size = self.policy.model.get_input_embeddings().num_embeddings
+        model = {"stop_ids": self.policy.stop_ids, "vocab_size": vocab_size}
+        options = {"name": name, "bad_rows": self.args.bad_rows, **model}
+        rows, report = self.tokenize(records, self.tokenizer, self.args, **options)
+        self.say(report)
+        self.reports[name] = report
+        return self.arrange(rows)
 
     # ---- the loop
 
@@ -365,17 +381,6 @@ class Trainer(Algorithm):
     def logs_this_step(self) -> bool:
         """Whether the step being computed ends in a log line."""
         return (self.step + 1) % self.args.logging_steps == 0 or self.step + 1 >= self.total_steps
-
-    @property
-    def tokenizing(self) -> dict[str, Any]:
-        """What preparing data needs to know about the model."""
-        vocab_size = self.policy.model.get_input_embeddings().num_embeddings
-        return {
-            "name": self._preparing,
-            "stop_ids": self.policy.stop_ids,
-            "vocab_size": vocab_size,
-            "bad_rows": self.args.bad_rows,
-        }
 
     def say(self, what: Any) -> None:
         """Print once, not once per process."""

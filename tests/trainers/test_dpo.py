@@ -180,5 +180,5 @@ def _counting(logprobs, asked):
 
 def test_more_than_two_responses_are_refused_by_row(trainer, model):
     rows = [{"prompt": "a", "responses": ["b", "c", "d"], "ranking": [1, 2, 3]}]
-    with pytest.raises(UserError, match="row 0: DPO needs a chosen and a rejected response, got 3"):
+    with pytest.raises(UserError, match="row 1: `responses` has 3 of them, and DPO compares two"):
         trainer(model, rows=rows)

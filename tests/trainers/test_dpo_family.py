@@ -160,7 +160,7 @@ def test_a_row_counts_by_its_weight(trainer, make_model, run, sgd):
     for kinds in (["sigmoid"], ["cpo"]):
         runs = [run(trainer(make_model(), rows, loss_type=kinds, num_train_epochs=2)) for rows in (weighted, repeated)]
         assert runs[0].losses == pytest.approx(runs[1].losses, abs=1e-5)
-    with pytest.raises(UserError, match="row 0: weight is 2.0, but loss_type aot sorts pairs"):
+    with pytest.raises(UserError, match="row 1: `weight` is 2.0, but loss_type aot sorts pairs"):
         trainer(make_model(), weighted, loss_type=["aot"])
 
 
