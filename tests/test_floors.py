@@ -20,7 +20,10 @@ FLOORS = {
         ("data", "kernels", "losses", "errors"),
         ("transformers", "tokenizers", "safetensors", "accelerate", "numpy", "peft", "bitsandbytes", "flash_attn"),
     ),
-    "rollout": (("models", "data", "kernels", "errors"), ("transformers", "numpy", "httpx2", "starlette", "vllm")),
+    "rollout": (
+        ("models", "run", "data", "kernels", "errors"),
+        ("transformers", "numpy", "httpx2", "starlette", "vllm"),
+    ),
     "rewards": (("rollout", "models", "data", "kernels", "errors"), ("transformers", "numpy", "math_verify", "httpx2")),
     "feedback": (
         ("rewards", "rollout", "models", "data", "errors"),

@@ -13,6 +13,7 @@ from rlhf_fast.commands import Parser
 from rlhf_fast.commands.generate import (
     add_model_options,
     add_sampling_options,
+    cache_tokens,
     load_policy,
     progress_bar,
     sampling_options,
@@ -66,6 +67,9 @@ def main(argv: Sequence[str]) -> int:
         name="prompts",
     )
     print(report, file=sys.stderr)
+    longest = max((len(p.input_ids) for p in prompts), default=0) + args.max_new_tokens
+    most, said = cache_tokens(policy, args, args.batch_size, longest)
+    sys.stderr.write(said)
     with progress_bar(len(prompts) * args.n, "responses") as bar:
         result = evaluate_policy(
             policy,
@@ -75,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
             temperature=args.temperature,
             seed=args.seed,
             slots=args.batch_size,
+            max_tokens=most,
             **sampling_options(args),
             progress=lambda count: bar.update(bar.task_ids[0], completed=count),
         )

@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "-o", "--output", metavar="OUT.jsonl", help="one line per response; the terminal when not given"
     )
+    parser.add_argument("--restart", action="store_true", help="begin OUT.jsonl anew, whatever it holds")
     parser.add_argument("--n", type=int, default=1, help="responses per prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     add_model_options(parser)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         texts = args.prompt or _typed()
         groups = (_prompts(policy, [{"prompt": text}], args, quiet=True) for text in texts)
-    engine, start = _engine(policy, args), 0
+    engine, start = _engine(policy, args, None), 0
     for prompts in groups:
         for row in _responses(engine, prompts, args, start):
             print(json.dumps(row, ensure_ascii=False, default=str) if args.prompts else row["completion"], flush=True)
@@ -91,6 +92,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop_ids", nargs="+", type=int, default=[], metavar="ID", help="tokens that end a response")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--batch_size", type=int, default=128, help="responses written at once")
+    parser.add_argument(
+        "--cache_tokens", type=int, help="most tokens, prompts included, held at once; what is free when not given"
+    )
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -129,6 +133,17 @@ def load_policy(args: argparse.Namespace) -> Policy:
     return policy
 
 
+def cache_tokens(policy: Policy, args: argparse.Namespace, slots: int, longest: int | None) -> tuple[int | None, str]:
+    """Most tokens whose keys and values may be held: ``--cache_tokens``, or what memory allows now, and a line that says so."""
+    from rlhf_fast.rollout.budget import default_budget
+    from rlhf_fast.rollout.slots import PREFILL_TOKENS, slot_refusal
+
+    if args.cache_tokens is not None or slot_refusal(policy, policy.role, longest):
+        return args.cache_tokens, ""
+    budget = default_budget(policy, slots, PREFILL_TOKENS)
+    return (None, "") if budget is None else (budget.tokens, f"memory: {budget}; --cache_tokens says otherwise\n")
+
+
 def progress_bar(total: int, what: str) -> Any:
     """A rich progress bar on stderr, as a context manager, with one task."""
     from rich.console import Console
@@ -149,17 +164,19 @@ def progress_bar(total: int, what: str) -> Any:
 
 def _file_to_file(policy: Policy, args: argparse.Namespace) -> int:
     """Append the responses to the output block by block, so that little is lost when the run is stopped."""
+    from rlhf_fast.commands.responses import about_run, begin_or_resume
+
     prompts = _prompts(policy, args.prompts, args)
     output = Path(args.output)
-    done = _rows_done(output, prompts, args.n)
+    sampling = {"n": args.n, "temperature": args.temperature, "seed": args.seed, **sampling_options(args)}
+    done = begin_or_resume(output, prompts, args.n, about_run(policy, prompts, sampling), args.restart)
     if done:
         print(f"{output} already holds the responses to {done} of {len(prompts)} prompts: going on", file=sys.stderr)
-    output.parent.mkdir(parents=True, exist_ok=True)
     bar = progress_bar(len(prompts) * args.n, "responses")
     task, written = bar.task_ids[0], done * args.n
+    # the engine counts from 0 in every block
+    engine = _engine(policy, args, prompts, lambda count: bar.update(task, completed=written + count))
     with output.open("a", encoding="utf-8") as file, bar:
-        # the engine counts from 0 in every block
-        engine = _engine(policy, args, lambda count: bar.update(task, completed=written + count))
         bar.update(task, completed=written)
         for block in _blocks(prompts[done:], args):
             rows = _responses(engine, block, args, written // args.n)
@@ -168,31 +185,6 @@ def _file_to_file(policy: Policy, args: argparse.Namespace) -> int:
             written += len(rows)
     print(f"{written} responses in {output}", file=sys.stderr)
     return 0
-
-
-def _rows_done(output: Path, prompts: Sequence[Prompt], n: int) -> int:
-    """Prompts whose ``n`` responses the output holds already. Rows of a prompt that was not finished are cut off.
-
-    Raises:
-        UserError: the output holds something else.
-    """
-    if not output.exists():
-        return 0
-    lines = output.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]  # the last may have been cut in the middle
-    done = min(len(whole) // n, len(prompts))
-    try:
-        rows = [json.loads(line) for line in whole[: done * n]]
-        same = len(whole) <= len(prompts) * n and all(
-            row["prompt"] == prompts[i // n].prompt for i, row in enumerate(rows)
-        )
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UserError(f"{output} exists and holds no responses to these prompts; choose another -o, or delete it")
-    with output.open("r+b") as file:
-        file.truncate(sum(map(len, whole[: done * n])))
-    return done
 
 
 def _prompts(policy: Policy, source: Any, args: argparse.Namespace, quiet: bool = False) -> list[Prompt]:
@@ -229,10 +221,16 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def _engine(policy: Policy, args: argparse.Namespace, progress: Any = None) -> SlotEngine | GenerateEngine:
+def _engine(
+    policy: Policy, args: argparse.Namespace, prompts: Sequence[Prompt] | None, progress: Any = None
+) -> SlotEngine | GenerateEngine:
+    """The engine for these ``prompts``, None where they are not known yet."""
     from rlhf_fast.rollout import engine_for
 
-    return engine_for(policy, slots=args.batch_size, progress=progress)
+    longest = None if not prompts else max(len(p.input_ids) for p in prompts) + args.max_new_tokens
+    most, said = cache_tokens(policy, args, args.batch_size, longest)
+    sys.stderr.write(said)
+    return engine_for(policy, slots=args.batch_size, max_tokens=most, progress=progress, longest=longest)
 
 
 def _blocks(prompts: list[Prompt], args: argparse.Namespace) -> Iterator[list[Prompt]]:

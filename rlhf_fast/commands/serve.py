@@ -6,11 +6,12 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_fast.commands import Parser
-from rlhf_fast.commands.generate import add_model_options, load_policy
+from rlhf_fast.commands.generate import add_model_options, cache_tokens, load_policy
 from rlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max_tokens", type=int, default=32_768, help="most new tokens of a response")
     parser.add_argument("--slots", type=int, default=64, help="responses written at once")
     parser.add_argument(
-        "--cache_tokens", type=int, help="most tokens, prompts included, that the slots hold; no limit when not given"
+        "--cache_tokens", type=int, help="most tokens, prompts included, held at once; what is free when not given"
     )
     add_model_options(parser)
     args = parser.parse_args(argv)
@@ -53,13 +54,14 @@ def main(argv: Sequence[str]) -> int:
             f"serve: --host {args.host} lets other machines in; set an API key ({API_KEY} in the environment, or "
             "--api_key), or leave --host at 127.0.0.1"
         )
-    service = _service(args)
+    service, said = _service(args)
     listener = _listen(args.host, args.port)
     config = uvicorn.Config(
         build_app(service, api_key), log_level="warning", lifespan="on", timeout_graceful_shutdown=int(GRACE) + 5
     )
     host, port = listener.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    sys.stderr.write(said)
     print(f"serving {', '.join(service.models.roles)} at http://{where}/v1 (Ctrl-C stops)", flush=True)
     with _signals_end_quietly():
         _server(uvicorn, config, service).run(sockets=[listener])
@@ -101,13 +103,14 @@ def _uvicorn() -> Any:
     return uvicorn
 
 
-def _service(args: Any) -> Service:
+def _service(args: Any) -> tuple[Service, str]:
+    """What is served, and what there is to say of its memory."""
     import torch
 
     from rlhf_fast.rollout.serving.app import Service
     from rlhf_fast.rollout.serving.protocol import ApiError
     from rlhf_fast.rollout.serving.worker import ServedModels, Worker
-    from rlhf_fast.rollout.slots import SlotEngine, slot_refusal
+    from rlhf_fast.rollout.slots import SlotEngine, slot_refusal, steady_length
 
     if args.max_tokens < 1:
         raise UserError(f"serve: --max_tokens must be at least 1, got {args.max_tokens}")
@@ -116,7 +119,8 @@ def _service(args: Any) -> Service:
         raise UserError(f"serve: --adapter wants NAME=FOLDER, got {wrong[0]!r}")
     torch.seed()  # requests without a seed draw anew after every start
     policy = load_policy(args)
-    if reason := slot_refusal(policy):
+    steady = steady_length(policy.model)
+    if reason := slot_refusal(policy, longest=steady):
         raise UserError(f"serve: the slot engine cannot write with {args.model}: {reason}; serve it with vLLM")
     models = ServedModels(policy, args.served_model_name or args.model)
     for name, _, folder in pairs:
@@ -124,7 +128,14 @@ def _service(args: Any) -> Service:
             models.load(name, folder)
         except ApiError as error:
             raise UserError(f"serve: --adapter {name}: {error.message}") from error
-    return Service(Worker(SlotEngine(policy, slots=args.slots, max_tokens=args.cache_tokens)), models, args.max_tokens)
+    room, said = cache_tokens(policy, args, args.slots, steady)
+    if steady is not None:
+        said += (
+            f"sequences have at most {steady:,} tokens: beside a longer one {args.model} changes the positions of all\n"
+        )
+    # who names no number of tokens gets as many as there may be, and these must fit beside a prompt
+    most = args.max_tokens if room is None else min(args.max_tokens, max(1, room // 2))
+    return Service(Worker(SlotEngine(policy, slots=args.slots, max_tokens=room)), models, most), said
 
 
 @contextlib.contextmanager

@@ -72,7 +72,8 @@ def evaluate_policy(
     columns = _columns(prompts, n)
     check_columns(functions, names, list(columns))
 
-    engine = engine_for(policy, role=role, slots=slots, max_tokens=max_tokens, progress=progress)
+    longest = max(len(p.input_ids) for p in prompts) + max_new_tokens
+    engine = engine_for(policy, role=role, slots=slots, max_tokens=max_tokens, progress=progress, longest=longest)
     options = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     options |= {"min_p": min_p, "repetition_penalty": repetition_penalty, "stop": stop, "stop_ids": stop_ids}
     requests = [Request(p.input_ids, seed=seed * 2**32 + i, **options) for i, p in enumerate(prompts)]

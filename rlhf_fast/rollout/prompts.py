@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,33 +61,44 @@ class PromptQueue:
         """How many have not begun."""
         return sum(p.request.n - p.started for queue in (self.ready, self.waiting) for p in queue)
 
+    @property
+    def held(self) -> int:
+        """Tokens whose keys and values are kept here. Those of prompts prefilled together go together."""
+        packs = {id(p.pack): p.pack for p in (*self.ready, *list(self.waiting)[:1]) if p.pack is not None}
+        return sum(sum(pack.lengths) for pack in packs.values())
+
     def remove(self, key: Hashable) -> None:
         """Forget the requests of that key."""
         for queue in (self.waiting, self.ready):
             for prompt in [p for p in queue if p.key == key]:
                 queue.remove(prompt)
 
-    def prefill(self, budget: int, free: int) -> int:
-        """Prefill the first waiting prompts, or a chunk of the first.
+    def choose(self, budget: int, free: int, fits: Callable[[int, int, bool], bool]) -> list[Prompt]:
+        """The first waiting prompts that are to be prefilled now; a long one is alone and comes in chunks.
 
         Args:
             budget: most tokens to compute.
             free: slots that wait for them.
-        Returns:
-            tokens computed; 0 when the first prompt has to wait for a new budget.
+            fits: (tokens to hold besides what is held, tokens that one of their samples takes at most, more than one prompt)
+                -> is there room?
         """
         first = self.waiting[0]
         if first.length > self.prefill_tokens:
-            return self._prefill_chunk(first, budget)
-        chosen, tokens, samples = [], 0, 0
+            coming = first.length if first.pack is None else 0
+            return [first] if budget > 0 and fits(coming, first.longest, False) else []
+        chosen, tokens, samples, longest = [], 0, 0, 0
         for prompt in self.waiting:
-            total = tokens + prompt.length
-            if total > budget or (samples >= free and total > LOOKAHEAD):
+            total, longest = tokens + prompt.length, max(longest, prompt.longest)
+            if total > budget or (samples >= free and total > LOOKAHEAD) or not fits(total, longest, bool(chosen)):
                 break
             chosen.append(prompt)
             tokens, samples = total, samples + prompt.request.n
-        if not chosen:
-            return 0
+        return chosen
+
+    def prefill(self, chosen: Sequence[Prompt], budget: int) -> int:
+        """Compute the prompts ``chosen``, or a chunk of one; returns its tokens, at most ``budget``."""
+        if chosen[0].length > self.prefill_tokens:
+            return self._prefill_chunk(chosen[0], budget)
         pack = Pack([p.length for p in chosen], self.device)
         ids = np.concatenate([np.asarray(p.request.prompt_ids) for p in chosen])
         positions = np.concatenate([np.arange(p.length) for p in chosen])
@@ -97,12 +108,10 @@ class PromptQueue:
             self.waiting.popleft()
             prompt.pack, prompt.row = pack, row
             self.ready.append(prompt)
-        return tokens
+        return len(ids)
 
     def _prefill_chunk(self, prompt: Prompt, budget: int) -> int:
         count = min(budget, prompt.length - prompt.prefilled)
-        if count <= 0:
-            return 0
         prompt.pack = prompt.pack or Pack([prompt.length], self.device)
         chunk = Chunk(prompt.pack, prompt.prefilled, count)
         ids = np.asarray(prompt.request.prompt_ids[chunk.start : chunk.end])

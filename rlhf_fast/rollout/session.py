@@ -18,6 +18,7 @@ so that empty slots cost nothing. A prompt is prefilled once and kept aside unti
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Hashable
@@ -63,7 +64,8 @@ class Session:
         tokenizer: for stop strings.
         cache: where keys and values go; may be that of an earlier session.
         slots: most samples that are written at once.
-        max_tokens: most tokens whose keys and values the slots may hold, all samples at their longest; None: no limit.
+        max_tokens: most tokens whose keys and values are held: in the slots, all samples at their longest, and of prompts that
+            wait for a slot; None: no limit.
         prefill_tokens: most prompt tokens computed between two steps of the live samples.
         context: most tokens of the model, None where it sets no limit.
         eos_ids: tokens that end every sample.
@@ -84,7 +86,10 @@ class Session:
         version: int,
     ) -> None:
         self.model, self.tokenizer, self.cache, self.device = model, tokenizer, cache, model.device
-        self.slots, self.max_tokens, self.prefill_tokens = slots, max_tokens, prefill_tokens
+        self.slots, self.prefill_tokens = slots, prefill_tokens
+        self.limit = math.inf if max_tokens is None else max_tokens
+        # what the slots leave to prompts, or each that comes would make the cache smaller
+        self.reserve = min(prefill_tokens, self.limit // 8)
         self.context, self.eos, self.version = context, frozenset(eos_ids), version
         self.queue = PromptQueue(model, prefill_tokens)
         self.live: list[Writing] = []  # by slot
@@ -107,7 +112,8 @@ class Session:
         Args:
             seed: of a request without one; drawn from torch's global generator when None.
         Raises:
-            UserError: the prompt fills the model's context, or one sample would not fit into ``max_tokens``.
+            UserError: the prompt fills the model's context, or one sample would not fit into ``max_tokens``, beside the prompt that
+                it begins as a copy of.
         """
         if key is None:
             key, self._keys = self._keys, self._keys + 1
@@ -115,14 +121,14 @@ class Session:
         if self.context is not None:
             if length >= self.context:
                 raise UserError(
-                    f"generation: prompt {key} has {length} tokens, which fills the model's context of {self.context}. "
-                    "Shorten or drop it."
+                    f"generation: prompt {key} has {length} tokens, and the slots write at most {self.context} with "
+                    "this model, the prompt included. Shorten or drop it."
                 )
             limit = min(limit, self.context - length)
-        if self.max_tokens is not None and length + limit > self.max_tokens:
+        if 2 * length + limit > self.limit:
             raise UserError(
-                f"generation: prompt {key} has {length} tokens and up to {limit} new ones, and the cache has room for "
-                f"{self.max_tokens}. Lower max_new_tokens, or give more room."
+                f"generation: prompt {key} has {length} tokens, held twice when its sample begins, and up to {limit} new ones, "
+                f"and the cache has room for {self.limit}. Lower max_new_tokens, or give more room."
             )
         seed = request.seed if request.seed is not None else draw_seed() if seed is None else seed
         self.queue.waiting.append(Prompt(key, request, seed, limit))
@@ -154,9 +160,12 @@ class Session:
     def _start(self) -> list[Tensor]:
         """Give free slots to samples; returns the logits (n, V) behind their prompts, in the order of their slots."""
         began, budget, queue = len(self.live), self.prefill_tokens, self.queue
+        if not queue:
+            return []
+        held = queue.held  # until the slots are filled, whatever leaves the queue
         longest = max((w.prompt.longest for w in self.live), default=0)
         while True:
-            while queue.ready and self._has_room(max(longest, queue.ready[0].longest)):
+            while queue.ready and self._has_room(max(longest, queue.ready[0].longest), held):
                 prompt = queue.ready[0]
                 longest = max(longest, prompt.longest)
                 self.live.append(self._begin(prompt))
@@ -165,16 +174,27 @@ class Session:
             free = self.slots - len(self.live)
             if queue.ready or not queue.waiting or not free:
                 break
-            used = queue.prefill(budget, free)
-            if not used:
+            chosen = queue.choose(budget, free, functools.partial(self._may_hold, held, len(self.live) * longest))
+            if not chosen:
                 break
-            budget -= used
-        return self._fill_slots(began) if len(self.live) > began else []
+            held += sum(p.length for p in chosen if p.pack is None)
+            self._leave_room(held)
+            budget -= queue.prefill(chosen, budget)
+        return self._fill_slots(began, held) if len(self.live) > began else []
 
-    def _has_room(self, longest: int) -> bool:
+    def _has_room(self, longest: int, held: int) -> bool:
         """Whether there is a slot for one more sample, none of all being longer than ``longest``."""
         count = len(self.live) + 1
-        return count <= self.slots and (self.max_tokens is None or count * longest <= self.max_tokens)
+        return count <= self.slots and count * longest <= self._room(count, held)
+
+    def _may_hold(self, held: int, live: int, tokens: int, longest: int, more: bool) -> bool:
+        """Whether ``tokens`` of prompts fit beside ``held`` ones and ``live`` ones in the slots, so that a sample of at most
+        ``longest`` can begin once these have gone; ``more`` than one prompt only where no slot has to wait for it."""
+        return held + tokens + max(live, longest) <= self.limit and (not more or held + tokens <= self.reserve)
+
+    def _room(self, count: int, held: int) -> float:
+        """Most tokens that ``count`` slots may have room for beside ``held`` ones of prompts."""
+        return self.limit - (held if count == 1 else max(held, self.reserve))
 
     def _begin(self, prompt: Prompt) -> Writing:
         """The prompt's next sample."""
@@ -183,10 +203,10 @@ class Session:
         begun = Sample([], [], "", self.version, [] if request.filtered else None)
         return Writing(prompt.key, index, begun, prompt, random_stream(prompt.seed, index))
 
-    def _fill_slots(self, began: int) -> list[Tensor]:
+    def _fill_slots(self, began: int, held: int) -> list[Tensor]:
         """Bring the prompts of the samples from slot ``began`` on into their slots; returns the logits behind them."""
         new = self.live[began:]
-        self._make_room(max(w.prompt.length for w in new))
+        self._make_room(max(w.prompt.length for w in new), held)
         logits = []
         for pack, group in itertools.groupby(enumerate(new, began), key=lambda pair: pair[1].prompt.pack):
             places = [(slot, w.prompt.row, pack.starts[w.prompt.row], w.prompt.length) for slot, w in group]
@@ -216,19 +236,31 @@ class Session:
         for slot, writing in enumerate(self.live[began:], began):
             self.seen[slot, self._to_device(list(writing.prompt.request.prompt_ids))] = True
 
-    def _make_room(self, length: int) -> None:
-        """Let every live slot hold ``length`` tokens, with some to spare, as growing copies, within ``max_tokens``."""
+    def _make_room(self, length: int, held: int | None = None) -> None:
+        """Let every live slot hold ``length`` tokens beside ``held`` ones of prompts (None: of those in the queue)."""
+        if len(self.live) > self.cache.rows or length > self.cache.length:
+            self._reshape(length, self.queue.held if held is None else held)
+
+    def _leave_room(self, held: int) -> None:
+        """Make the cache smaller where it and ``held`` tokens of prompts would be more than there may be."""
+        if self.cache.rows * self.cache.length > self.limit - held:
+            self.cache.resize(len(self.live), self.cache.length)
+            if self.cache.rows * self.cache.length > self.limit - held:
+                self._reshape(max((w.position for w in self.live), default=0), held)
+
+    def _reshape(self, length: int, held: int) -> None:
+        """Room for every live slot and ``length`` tokens, with some to spare, as growing copies, but within the limit."""
         cache, count = self.cache, len(self.live)
-        if count <= cache.rows and length <= cache.length:
-            return
-        longest = max(w.prompt.longest for w in self.live)
+        longest, limit = max((w.prompt.longest for w in self.live), default=0), self._room(count, held)
         # on a GPU at once all that will be needed: captured graphs hold on to the addresses
         room = longest if self.device.type == "cuda" else min(length + max(32, length // 4), longest)
-        rows = max(min(self.slots, count + self.queue.samples), cache.rows)
-        if self.max_tokens is None or rows * max(room, cache.length) <= self.max_tokens:
-            room = max(room, cache.length)
-        else:
-            rows = max(count, min(rows, self.max_tokens // room))
+        # requests that come one by one must not copy the cache each time
+        rows = min(self.slots, 1 << (count + self.queue.samples - 1).bit_length()) if count else 0
+        rows = int(max(count, min(rows, limit // max(room, 1))))
+        kept = max(rows, cache.rows), max(room, cache.length)
+        # what was there is kept, unless another's length would be given to many slots, or its slots to a long one
+        if kept[0] * kept[1] <= min(limit, 2 * rows * room):
+            rows, room = kept
         cache.resize(rows, room)
 
     def _leave(self, gone: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rollout.budget import default_budget, merging_fits, out_of_memory
 from rlhf_fast.rollout.engine import Request, Sample
 from rlhf_fast.rollout.generate import GenerateEngine, context_length, end_of_sequence_ids
 from rlhf_fast.rollout.sampling import draw_seed
@@ -19,6 +21,11 @@ from rlhf_fast.rollout.session import Session
 from rlhf_fast.rollout.slot_cache import ATTENTION, Decode, Pack, SlotCache
 
 logger = logging.getLogger(__name__)
+PREFILL_TOKENS = 4096  # prompt tokens between two steps, unless another number is given
+
+
+# model -> role -> what the trial of the slots found: architectures do not change
+_TRIED: weakref.WeakKeyDictionary[Any, dict[str, str | None]] = weakref.WeakKeyDictionary()
 
 
 def engine_for(
@@ -30,12 +37,14 @@ def engine_for(
     max_tokens: int | None = None,
     merge_lora: bool | None = False,
     progress: Callable[[int], None] | None = None,
+    longest: int | None = None,
 ) -> SlotEngine | GenerateEngine:
     """The slot engine where ``policy``'s architecture can use it; else ``transformers.generate``, and one line says why.
 
     Args are those of :class:`SlotEngine`; of ``GenerateEngine`` ``slots`` is the batch size, and it never merges LoRA.
+    ``longest`` is the most tokens of a prompt and its continuation, if that is known: see :func:`slot_refusal`.
     """
-    reason = slot_refusal(policy, role)
+    reason = slot_refusal(policy, role, longest)
     if reason is None:
         options = {"max_tokens": max_tokens, "merge_lora": merge_lora, "progress": progress}
         return SlotEngine(policy, tokenizer, role=role, slots=slots, **options)
@@ -43,15 +52,51 @@ def engine_for(
     return GenerateEngine(policy, tokenizer, role=role, max_batch_size=slots, progress=progress)
 
 
-def slot_refusal(policy: Any, role: str = "policy") -> str | None:
+def slot_refusal(policy: Any, role: str = "policy", longest: int | None = None) -> str | None:
     """Why the slots cannot write with this model; None when they can, which four tokens have shown.
 
-    Their logits are compared with those of transformers' own attention: architectures keep state and change attention in
-    more ways than anyone could list.
+    Their logits are compared with those of transformers' own attention, once per model and role: architectures keep state and
+    change attention in more ways than anyone could list. Positions that are scaled by the length of what is read (LongRoPE)
+    four tokens cannot show; the slots, where the short and the long stand side by side, write no longer sequences with them.
+
+    Args:
+        longest: tokens of the longest sequence that will be asked for; None: as many as the model's context.
+    Raises:
+        RuntimeError: there is not enough memory for the trial.
     """
+    context, steady = context_length(policy.model), steady_length(policy.model)
+    if steady is not None and (longest or context or steady + 1) > steady:
+        return f"its positions change for all sequences beside one of more than {steady:,} tokens"
+    tried = _TRIED.setdefault(policy.model, {})
+    if role not in tried:
+        tried[role] = _trial(policy, role)
+    return tried[role]
+
+
+def steady_length(model: Any) -> int | None:
+    """Most tokens of a sequence whose positions do not depend on how long it, or one beside it, gets; None: any number.
+
+    transformers chooses LongRoPE's factors, and dynamic NTK's base, by the largest position of a whole pass.
+    """
+    config = model.config.get_text_config()
+    context, found = context_length(model), []
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in [given, *(x for x in given.values() if isinstance(x, dict))]:  # of the model, or of each kind of layer
+        kind = rope.get("rope_type", "")
+        if kind == "longrope":
+            found.append(rope.get("original_max_position_embeddings") or context or 1)
+        elif "dynamic" in kind:
+            found.append(context or 1)
+    limit = min(found, default=None)
+    return None if limit is None or (context is not None and limit >= context) else limit
+
+
+def _trial(policy: Any, role: str) -> str | None:
     try:
         mine, theirs = _four_tokens(policy, role)
     except (UserError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if out_of_memory(error):
+            raise
         return (str(error).splitlines() or [type(error).__name__])[0]
     difference, norm = float((mine - theirs).norm()), float(theirs.norm())
     # NaN passes: a model that has diverged is no matter of architecture, and sampling says so in its own words
@@ -78,26 +123,6 @@ def _four_tokens(policy: Any, role: str) -> tuple[Tensor, Tensor]:
     return mine[0, -1].float(), theirs[0, -1].float()
 
 
-def merging_fits(policy: Any, role: str, max_tokens: int | None) -> bool:
-    """Whether merging LoRA is cheap: on a GPU, with a 16-bit base whose adapted weights would fit twice more into the memory
-    that the keys and values of ``max_tokens`` tokens leave free. No without ``max_tokens``, as these could take all of it.
-    """
-    model = policy.model
-    if model.device.type != "cuda" or model.dtype.itemsize != 2 or max_tokens is None:
-        return False
-    free = torch.cuda.mem_get_info(model.device)[0]
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return 2 * policy.adapters.merged_bytes(role) <= free - max_tokens * _bytes_per_token(model)
-
-
-def _bytes_per_token(model: Any) -> int:
-    """Of keys and values in all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-
-
 class SlotEngine:
     """Continue prompts with the policy itself, any number of requests over a fixed number of slots.
 
@@ -112,13 +137,14 @@ class SlotEngine:
         tokenizer: of the policy; needed for stop strings. None takes ``policy.tokenizer``.
         role: which weights of the policy write.
         slots: most samples written at once.
-        max_tokens: most tokens whose keys and values the slots hold; fewer slots are used where samples may become too
-            long for it. None sets no limit.
+        max_tokens: most tokens whose keys and values are held, in the slots and of prompts that wait for one; fewer slots are
+            used where samples may become too long for it. None: what the memory that is free when a session begins allows,
+            see :mod:`rlhf_fast.rollout.budget`.
         prefill_tokens: most prompt tokens computed between two steps of the samples being written.
         merge_lora: write with the adapter merged into the base weights, which come back bit for bit when the session is
             closed. A token then costs one product a layer instead of three; the adapted weights are held twice meanwhile, and
             log-probabilities differ from training's by the rounding of the merged weights, which is nothing to speak of in
-            float32 and some 1e-3 of each weight in bfloat16. None merges where that is cheap, see :func:`merging_fits`. A base in
+            float32 and some 1e-3 of each weight in bfloat16. None merges where that is cheap, see :func:`.budget.merging_fits`. A base in
             4 bit, variants of LoRA and layers with a shared weight are never merged; asked to, one line says so. Not run on a
             GPU so far.
         progress: called with the number of samples finished so far, whenever some have.
@@ -134,7 +160,7 @@ class SlotEngine:
         role: str = "policy",
         slots: int = 128,
         max_tokens: int | None = None,
-        prefill_tokens: int = 4096,
+        prefill_tokens: int = PREFILL_TOKENS,
         merge_lora: bool | None = False,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -147,7 +173,7 @@ class SlotEngine:
         self.merge_lora, self.progress = merge_lora, progress
         self.version = 0
         self.cache = SlotCache()
-        self._open = False
+        self._open = self._told = False
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
         """Continue every request; entry i holds the ``n`` samples of request i.
@@ -191,14 +217,24 @@ class SlotEngine:
                     self.tokenizer,
                     self.cache,
                     slots=self.slots,
-                    max_tokens=self.max_tokens,
+                    max_tokens=self._capacity(),
                     prefill_tokens=self.prefill_tokens,
-                    context=context_length(model),
+                    context=min((n for n in (context_length(model), steady_length(model)) if n), default=None),
                     eos_ids=end_of_sequence_ids(model, self.tokenizer),
                     version=self.version,
                 )
         finally:
             self._open = False
+
+    def _capacity(self) -> int | None:
+        """Most tokens of this session."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        budget = default_budget(self.policy, self.slots, self.prefill_tokens, self.cache.nbytes)
+        if budget is not None and not self._told:
+            logger.info("rollouts: %s", budget)
+            self._told = True
+        return None if budget is None else budget.tokens
 
     def _merging(self) -> dict[str, bool]:
         """What to ask of the policy for this session."""

@@ -63,8 +63,8 @@ class RLTrainer(Trainer):
     def _engine_in_process(self) -> Engine:
         """One that samples from the policy's own weights."""
         slots = self.rollout_batch_size or self.args.rollout_batch_size
-        merge = self.args.rollout_merge_lora
-        return engine_for(self.policy, slots=slots, max_tokens=self.rollout_tokens, merge_lora=merge)
+        options = {"max_tokens": self.rollout_tokens, "merge_lora": self.args.rollout_merge_lora}
+        return engine_for(self.policy, slots=slots, longest=self.sizes()["length"], **options)
 
     def check_rewards(self, args: RLConfig) -> None:
         """Raise UserError when there is nothing to learn from."""

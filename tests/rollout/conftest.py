@@ -97,6 +97,20 @@ def phi3():
     return Phi3ForCausalLM(Phi3Config(**SHAPE, **BODY, pad_token_id=0))
 
 
+def longrope(context=64):
+    """Positions of a pass that reads more than 16 tokens are scaled by other factors than those of a shorter one."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [4.0, 5.0, 6.0, 7.0]}
+    shape = {**SHAPE, "max_position_embeddings": context, "original_max_position_embeddings": 16}
+    return Phi3ForCausalLM(Phi3Config(**shape, **BODY, pad_token_id=0, rope_parameters=rope))
+
+
+def dynamic_rope():
+    """A base that grows with the longest sequence, from the model's context on: never here."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **BODY, rope_parameters=rope))
+
+
 def qwen3():
     """Norms of queries and keys."""
     return Qwen3ForCausalLM(Qwen3Config(**SHAPE, **BODY, head_dim=8, tie_word_embeddings=False))
@@ -108,7 +122,9 @@ def gemma2(softcap=50.0):
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE, **body, attn_logit_softcapping=softcap))
 
 
-ARCHITECTURES = {f.__name__: f for f in (gpt2, mistral, gemma3, llama, gemma, phi3, qwen3, gemma2)} | {"qwen2": qwen}
+ARCHITECTURES = {
+    f.__name__: f for f in (gpt2, mistral, gemma3, llama, gemma, phi3, qwen3, gemma2, longrope, dynamic_rope)
+} | {"qwen2": qwen}
 ARCHITECTURES["gemma2, no soft cap"] = functools.partial(gemma2, None)
 
 

@@ -11,7 +11,7 @@ from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import is_lora, lora_config
 from rlhf_fast.rollout import Request, SlotEngine
-from rlhf_fast.rollout.slots import merging_fits
+from rlhf_fast.rollout.budget import merging_fits
 
 PROMPTS = [[5], [7, 9, 11], [30, 31, 32, 33, 34, 35, 36, 37, 38]]
 GREEDY = [Request(p, max_new_tokens=16, temperature=0.0) for p in PROMPTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
-from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine, engine_for
-from rlhf_fast.rollout.slot_cache import SlotCache, slot_attention
+from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine, engine_for, slots
+from rlhf_fast.rollout.slot_cache import Pack, SlotCache, slot_attention
 
 # lengths 1 to 9, more prompts than slots; the last holds the EOS id
 PROMPTS = [[5], [7, 9, 11], [30, 31, 32, 33, 34, 35, 36, 37, 38], [12, 13], [20, 0, 21, 0, 22]]
@@ -208,19 +209,64 @@ def test_sleeping_gives_the_cache_back_and_the_next_request_makes_it_again(polic
     assert engine.generate(request) == first
 
 
-def test_the_cache_holds_no_more_tokens_than_allowed_and_fewer_slots_are_used(policy):
-    """60 tokens: the first prompt and its 20 new tokens leave room for two at a time, later ones for more."""
+def held_tokens(policy, engine, monkeypatch):
+    """(in the slots, of prompts) tokens whose keys and values there is room for, at every pass from now on."""
+    packs, made, found = weakref.WeakSet(), Pack.__init__, []
+    monkeypatch.setattr(Pack, "__init__", lambda pack, *options: (packs.add(pack), made(pack, *options))[1])
+
+    def look(*_):
+        prompts = sum(sum(pack.lengths) for pack in packs if pack.layers)
+        found.append((engine.cache.rows * engine.cache.length, prompts))
+
+    policy.model.get_output_embeddings().register_forward_hook(look)  # a pack's are there by then
+    return found
+
+
+def test_slots_and_waiting_prompts_hold_no_more_tokens_than_allowed_and_fewer_slots_are_used(policy, monkeypatch):
+    """80 tokens: beside the 9 of the first prompt, two of its samples at a time (2 * 29 + 9), later more."""
     requests = [Request(p, n=3, max_new_tokens=20, seed=i) for i, p in enumerate(PROMPTS)]
     free = [[s.ids for s in g] for g in SlotEngine(policy, slots=8).generate(requests)]
-    engine, sizes = SlotEngine(policy, slots=8, max_tokens=60), []
-    policy.model.get_input_embeddings().register_forward_hook(
-        lambda *args: sizes.append((engine.cache.rows, engine.cache.length))
-    )
-    assert [[s.ids for s in g] for g in engine.generate(requests)] == free
-    assert max(rows * length for rows, length in sizes) <= 60
-    assert max(rows for rows, _ in sizes) >= 2
-    with pytest.raises(UserError, match="room for 60"):
-        engine.generate([Request(PROMPTS[2], max_new_tokens=52)])
+    for chunk in (4096, 4):
+        engine = SlotEngine(policy, slots=8, max_tokens=80, prefill_tokens=chunk)
+        found = held_tokens(policy, engine, monkeypatch)
+        assert [[s.ids for s in g] for g in engine.generate(requests)] == free
+        assert max(map(sum, found)) <= 80
+        assert max(prompts for _, prompts in found) >= 9 and max(slots for slots, _ in found) >= 58
+
+
+def test_a_request_that_can_never_fit_is_refused_and_one_that_just_fits_is_written(policy):
+    """A prompt of 9, twice while its sample begins, and 12 new tokens: 30."""
+    engine = SlotEngine(policy, max_tokens=30)
+    (sample,) = engine.generate([Request(PROMPTS[2], max_new_tokens=12, seed=1)])[0]
+    assert sample.ids == SlotEngine(policy).generate([Request(PROMPTS[2], max_new_tokens=12, seed=1)])[0][0].ids
+    with pytest.raises(
+        UserError, match="9 tokens, held twice when its sample begins, and up to 13 new ones.*room for 30"
+    ):
+        engine.generate([Request(PROMPTS[2], max_new_tokens=13)])
+
+
+@pytest.mark.parametrize("first", ["one long request", "many short ones"])
+def test_what_an_earlier_session_left_is_not_multiplied(policy, first, monkeypatch):
+    """One sequence of 60 tokens, and eight of at most 8: never eight of 60."""
+    with torch.no_grad():
+        policy.model.lm_head.weight[0] = 0.0  # never the likeliest: no sample ends early
+    long = [Request(PROMPTS[0], max_new_tokens=59, temperature=0.0)]
+    short = [Request([5 + i], max_new_tokens=7, temperature=0.0) for i in range(8)]
+    engine = SlotEngine(policy, slots=8)
+    found = held_tokens(policy, engine, monkeypatch)
+    for requests in (long, short) if first == "one long request" else (short, long):
+        engine.generate(requests)
+    assert max(slots for slots, _ in found) <= 2 * 8 * 8
+
+
+def test_requests_that_come_one_by_one_do_not_copy_the_cache_each_time(policy):
+    engine = SlotEngine(policy, slots=64)
+    with engine.session() as session:
+        for seed in range(64):
+            session.add(Request(PROMPTS[1], max_new_tokens=60, temperature=0.0, seed=seed))
+            if len(session.live) < 64:
+                session.step()
+        assert engine.cache.moves <= 16
 
 
 def test_the_cache_grows_no_further_than_the_longest_sample_needs(policy):
@@ -268,6 +314,55 @@ def test_a_model_that_the_slots_compute_differently_is_left_to_generate(policy, 
     )
     assert isinstance(engine_for(policy), GenerateEngine)
     assert "differ from transformers'" in caplog.text
+
+
+def test_a_model_whose_positions_change_with_length_is_left_to_generate_unless_sequences_stay_short(
+    make_policy, caplog
+):
+    """LongRoPE with 16 tokens of 64: four tokens show nothing, and a long neighbour would turn everyone's keys."""
+    policy = make_policy("longrope")
+    assert slots._trial(policy, "policy") is None
+    assert isinstance(engine_for(policy), GenerateEngine)
+    assert "positions change for all sequences beside one of more than 16 tokens" in caplog.text
+    assert isinstance(engine_for(policy, longest=17), GenerateEngine)
+    engine = engine_for(policy, longest=16)
+    assert isinstance(engine, SlotEngine)
+    requests = [Request(p, max_new_tokens=30, temperature=0.0) for p in PROMPTS]
+    for prompt, (sample,) in zip(PROMPTS, engine.generate(requests)):  # asked for more than it was made for
+        assert sample.ids == generated(policy, prompt, 16 - len(prompt)) and len(prompt) + len(sample.ids) <= 16
+    with pytest.raises(UserError, match="has 17 tokens, and the slots write at most 16 with this model"):
+        engine.generate([Request([5] * 17)])
+    assert isinstance(engine_for(make_policy("dynamic_rope")), SlotEngine)  # its context ends where it would change
+
+
+def test_a_model_is_tried_once_and_every_role_of_it(make_policy, monkeypatch):
+    policy, tried = make_policy(peft_config=lora_config(r=2)), []
+    trial = slots._four_tokens
+    monkeypatch.setattr(slots, "_four_tokens", lambda p, role: (tried.append(role), trial(p, role))[1])
+    for _ in range(3):
+        assert isinstance(engine_for(policy), SlotEngine)
+    engine_for(policy, role="reference")
+    engine_for(make_policy())
+    assert tried == ["policy", "reference", "policy"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_running_out_of_memory_is_no_reason_to_call_a_model_unfit(policy, error, monkeypatch):
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "_four_tokens", fails)
+        with pytest.raises(RuntimeError, match="memory"):
+            engine_for(policy)
+    assert isinstance(engine_for(policy), SlotEngine)
 
 
 @pytest.mark.parametrize("keyword", ["softcap", "s_aux", "something_new"])

@@ -22,7 +22,7 @@ values of a rollout count where the policy itself writes: not if a server or vLL
 
 from .activations import saved_per_token
 from .job import GB, METHODS, REFERENCED, WHENS, Job, Part
-from .parts import OPTIMIZER_BYTES, SAMPLING, head_rows, kv_per_token, passes, resident, rollout
+from .parts import OPTIMIZER_BYTES, SAMPLING, head_rows, kv_per_token, kv_tokens, passes, resident, rollout
 from .planning import CONTEXT_BYTES, FREE, GPUS, SIZES, SLACK, Plan, as_dict, attempts, choose, gpu_bytes, plan
 from .shapes import ARCHITECTURES, PRESETS, Shape, Traits, find_shape
 
@@ -52,6 +52,7 @@ __all__ = [
     "gpu_bytes",
     "head_rows",
     "kv_per_token",
+    "kv_tokens",
     "passes",
     "plan",
     "resident",

@@ -161,18 +161,17 @@ def rollout(job: Job, sequences: int) -> list[Part]:
 
     Prompts are read at once, as rows as long as the longest, each once for all its samples.
     """
-    s, w = job.shape, job.width
+    s = job.shape
     prompt = job.prompt_length if job.prompt_length is not None else job.length // 4
     prompts = math.ceil(sequences / (job.num_generations if job.method == "grpo" else 1))
     room = min(prompt + max(32, prompt // 4), job.length)  # of a cache's buffers, which grow by a quarter
     cache = sequences * job.length * kv_per_token(job)
-    # logits, log-probabilities and probabilities in float32; in float64 the latter again, and their running sums
-    sampling = sequences * s.vocab * (3 * 4 + 2 * 8)
+    sampling = _sampling(job, sequences)
     # a layer's buffers grow by copying them; logits of the step before are still there
     growing = cache / s.layers + sequences * s.vocab * 4
     return [
         Part("keys and values of the prompts", prompts * room * kv_per_token(job), "prefill"),
-        Part("prompts in a layer", prompts * prompt * w * (3 * s.intermediate + 6 * s.hidden), "prefill"),
+        Part("prompts in a layer", _prompts_in_a_layer(job, prompts * prompt), "prefill"),
         Part("mask of the prompts", prompts * prompt**2, "prefill"),
         Part(f"keys and values of {sequences} sequences", cache, "decode"),
         max(
@@ -183,6 +182,30 @@ def rollout(job: Job, sequences: int) -> list[Part]:
         *(Part("weights with the adapter in them", job.merged_bytes, x) for x in SAMPLING if job.merged_bytes),
         *(Part("weights in bfloat16 to multiply with", expanded(job) + _weight_copies(job), x) for x in SAMPLING),
     ]
+
+
+def _sampling(job: Job, sequences: int) -> int:
+    """Bytes of drawing a token for each: logits, log-probabilities and probabilities in float32; in float64 the latter again, and
+    their running sums."""
+    return sequences * job.shape.vocab * (3 * 4 + 2 * 8)
+
+
+def _prompts_in_a_layer(job: Job, tokens: int) -> int:
+    """Bytes of what a layer makes of prompts of so many tokens, before its last linear."""
+    return tokens * job.width * (3 * job.shape.intermediate + 6 * job.shape.hidden)
+
+
+def kv_tokens(job: Job, room: float, sequences: int, prefill: int) -> int:
+    """How many tokens' keys and values fit into ``room`` bytes beside what a slot engine needs for anything else.
+
+    Args:
+        sequences: sampled at a time.
+        prefill: most prompt tokens of a pass.
+    """
+    passing = max(_sampling(job, sequences), _prompts_in_a_layer(job, prefill)) + sequences * job.shape.vocab * 4
+    left = room - passing - expanded(job) - _weight_copies(job)
+    # a layer's buffers grow by copying them
+    return max(0, int(left / (kv_per_token(job) * (1 + 1 / job.shape.layers))))
 
 
 def rollout_peak(parts: Sequence[Part]) -> float:
