@@ -149,7 +149,7 @@ class RLConfig(TrainerConfig):
     vllm_request_timeout: float = 600.0  # seconds that a prompt may take before it is sent again
     vllm_enable_sleep_mode: bool = False  # vLLM gives its GPU memory back while the policy is updated
     vllm_gpu_memory_utilization: float = 0.3  # share of the GPU that vLLM takes in colocate mode
-    vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by on a probe
+    vllm_logprob_tolerance: float = 0.1  # nats per token that engine and trainer may differ by: a probe, and an alarm
 
     @property
     def vllm_share(self) -> float:

@@ -23,6 +23,7 @@ from rlhf_fast.kernels.policy import LEVELS
 
 from .config import RLConfig, one_of
 from .groups import ALIKE, BASELINES, SCALES, group_deviations, group_metrics, relative_advantages
+from .importance import distance
 from .rl import RLTrainer
 from .scores import kl_of, punish_overlong
 from .trainer import Window
@@ -146,8 +147,8 @@ class GRPOTrainer(RLTrainer):
             self.annotate(experiences, **passes)
         for experience, advantage in zip(experiences, self._advantages(experiences)):
             experience.advantages = torch.full((len(experience.example),), advantage, device=self.policy.device)
-        if self.corrects:
-            self.correct(experiences)
+        if "old_logprobs" in entries:
+            self.compare(experiences)
         return experiences
 
     def _sample(self, prompts: list[Prompt]) -> list[Experience]:
@@ -222,6 +223,9 @@ class GRPOTrainer(RLTrainer):
         }
         if "kl" in metrics:
             figures["kl"] = metrics["kl"]
+        rollout = packed(records, "rollout_logprobs", batch)
+        if old_logprobs is None and rollout is not None:  # these are the policy's own of when it sampled
+            figures |= distance(logprobs, rollout, mask)
         yield loss, figures, tokens
 
     def _ignored(self, record: Experience) -> bool:

@@ -1,9 +1,12 @@
-"""Truncated importance sampling: responses were sampled by an engine whose probabilities are not quite the trainer's.
+"""How far an engine's probabilities are from the trainer's, and truncated importance sampling to make up for it.
 
 Another implementation, another precision or weights that are a step old make a policy gradient biased. Weighing each token's
 (or response's) advantage by trainer over engine undoes it; bounds keep a few large weights from drowning the rest
 (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). Losses are proportional to
 advantages, so the weights are factors of them; the KL term has none.
+
+The distance is measured in every run, whoever samples: an engine in this process has the trainer's weights, but not its kernels.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -43,28 +46,52 @@ def importance_weights(old: Tensor, rollout: Tensor, mode: str, low: float = 0.0
     return ratio.clamp(low, high)
 
 
+def distance(mine: Tensor, rollout: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """How far engine and trainer are apart on what was sampled, under TRL's names: device scalars, in nats per token.
+
+    Args:
+        mine, rollout: log-probabilities by trainer and engine, of any one shape. A rollout's NaN does not count.
+        mask: True on response tokens.
+    """
+    apart = (mine.detach() - rollout).abs()
+    mask = mask & ~apart.isnan()
+    apart = apart.where(mask, 0.0)
+    return {
+        "sampling/sampling_logp_difference/mean": apart.sum() / mask.sum().clamp(min=1),
+        "sampling/sampling_logp_difference/max": apart.max(),
+    }
+
+
+def distance_of(experiences: Sequence[Experience]) -> tuple[dict[str, Tensor], int]:
+    """:func:`distance` of all ``experiences``, and their response tokens; nothing where there are none."""
+    old, rollout = (torch.cat([getattr(e, name) for e in experiences]) for name in ("old_logprobs", "rollout_logprobs"))
+    mask, count = _response_tokens(experiences, old.device)
+    return (distance(old, rollout, mask), count) if count else ({}, 0)
+
+
 def weigh(
     experiences: Sequence[Experience], mode: str, low: float = 0.0, high: float | None = None
 ) -> tuple[dict[str, Tensor], int]:
     """Multiply the advantages of ``experiences`` by their weights.
 
     Returns:
-        how far engine and trainer are apart, under TRL's names, and the response tokens that this was measured on.
+        mean and largest weight of a response token, under TRL's names, and how many tokens there are.
     """
-    weights, differences = [], []
-    for e in experiences:
-        weight = importance_weights(e.old_logprobs, e.rollout_logprobs, mode, low, high)
+    weights = [importance_weights(e.old_logprobs, e.rollout_logprobs, mode, low, high) for e in experiences]
+    for e, weight in zip(experiences, weights):
         e.advantages = e.advantages * weight
-        mask = torch.tensor(e.example.response_mask, device=weight.device)
-        weights.append(weight[mask])
-        differences.append((e.old_logprobs - e.rollout_logprobs)[mask].abs())
-    weight, difference = torch.cat(weights), torch.cat(differences).nan_to_num(0.0)
-    if not len(weight):
+    mask, count = _response_tokens(experiences, weights[0].device)
+    if not count:
         return {}, 0
+    weight = torch.cat(weights).where(mask, 0.0)
     figures = {
-        "sampling/sampling_logp_difference/mean": difference.mean(),
-        "sampling/sampling_logp_difference/max": difference.max(),
-        "sampling/importance_sampling_ratio/mean": weight.mean(),
+        "sampling/importance_sampling_ratio/mean": weight.sum() / count,
         "sampling/importance_sampling_ratio/max": weight.max(),
     }
-    return figures, len(weight)
+    return figures, count
+
+
+def _response_tokens(experiences: Sequence[Experience], device: torch.device) -> tuple[Tensor, int]:
+    """(N,) bool, True on the response tokens of all ``experiences`` behind one another, and how many these are."""
+    flags = [flag for e in experiences for flag in e.example.response_mask]
+    return torch.tensor(flags, dtype=torch.bool, device=device), sum(flags)

@@ -152,8 +152,7 @@ class PPOTrainer(RLTrainer):
             )
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
-        if self.corrects:
-            self.correct(experiences)
+        self.compare(experiences)
         return experiences
 
     def _estimate_advantages(self, experiences: list[Experience]) -> None:

@@ -20,7 +20,7 @@ from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
 from .engines import WeightSync, build_engine, shared_engine
-from .importance import weigh
+from .importance import distance_of, weigh
 from .scores import kl_of
 from .trainer import Trainer
 
@@ -140,12 +140,13 @@ class RLTrainer(Trainer):
         asked = self.args.vllm_importance_sampling_correction
         return "lora_swap" in self.engine.capabilities if asked is None else asked
 
-    def correct(self, experiences: list[Experience]) -> None:
-        """Weigh advantages by how much likelier a response is here than where it was sampled, and measure that."""
+    def compare(self, experiences: list[Experience]) -> None:
+        """Measure how far engine and trainer are apart on what was sampled, and weigh advantages by it where that is asked for."""
         a = self.args
-        bounds = a.vllm_importance_sampling_clip_min or 0.0, a.vllm_importance_sampling_clip_max
-        figures, tokens = weigh(experiences, a.vllm_importance_sampling_mode, *bounds)
-        self.metrics.add(figures, tokens)
+        self.metrics.add(*distance_of(experiences))
+        if self.corrects:
+            bounds = a.vllm_importance_sampling_clip_min or 0.0, a.vllm_importance_sampling_clip_max
+            self.metrics.add(*weigh(experiences, a.vllm_importance_sampling_mode, *bounds))
 
     @torch.no_grad()
     def respond(self, prompts: list[Prompt], n: int) -> tuple[list[Experience], dict[str, float]]:
