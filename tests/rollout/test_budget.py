@@ -42,7 +42,7 @@ def test_a_request_that_the_free_memory_cannot_hold_is_refused_and_others_take_t
     assert [[s.ids for s in group] for group in groups] == [[s.ids for s in group] for group in others]
     assert engine.cache.rows * engine.cache.length <= 50
     with pytest.raises(UserError, match="up to 47 new ones, and the cache has room for 50"):
-        engine.generate([Request([5, 6], max_new_tokens=47)])
+        engine_with(policy, monkeypatch, 50).generate([Request([5, 6], max_new_tokens=47)])
     with pytest.raises(UserError, match=r"50% of the .* hold no token's keys and values"):
         engine_with(policy, monkeypatch, -1).generate(requests)
 
