@@ -172,7 +172,7 @@ def _report(name: str, trainer: Any, figures: dict[str, float], config: Any) -> 
     rest = [key for key in figures if key not in first and not key.startswith("time/")]
     if not config.quiet and figures:
         print_table(
-            f"{name}: step {trainer.step} of {trainer.total_steps}", {key: figures[key] for key in first + rest}
+            f"{name}: step {trainer.step} of {trainer.expected_steps}", {key: figures[key] for key in first + rest}
         )
     plots = plot_run(run, headline=first[0] if first else None)
     print(f"\nmodel: {run}")

@@ -188,7 +188,7 @@ def _grpo(out: Path, train: dict, held_out: list, seed: int, reward: str, quiet:
 def _finish(trainer: Any) -> dict[str, float]:
     """Train to the end; a run that was told to stop must not go on to the next stage."""
     figures = trainer.train()
-    if trainer.step < trainer.total_steps:
+    if not trainer.finished:
         raise KeyboardInterrupt
     return figures
 

@@ -34,7 +34,7 @@ class MetricsLog:
     Args:
         run_dir: the run folder; made when missing.
         headline: metrics that each log prints in a line (above the bar, on a terminal), most important first.
-        total_steps: optimizer steps of the whole run.
+        total_steps: optimizer steps of the whole run; may be set anew when more is known.
         trackers: names that accelerate knows: ``tensorboard``, ``wandb``, ...
         quiet: write files and trackers only.
         resume_step: None for a fresh run: earlier files are kept under other names. A step when resuming: lines past it, and
@@ -106,7 +106,7 @@ class MetricsLog:
     def tick(self, step: int, note: str = "") -> None:
         """Move the bar to ``step`` between log lines; ``note`` says what is going on, for example "generating"."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, note=escape(note))
+            self._progress.update(self._task, completed=step, total=self.total_steps, note=escape(note))
 
     def print(self, text: str) -> None:
         """Print a line without tearing the bar."""

@@ -166,11 +166,11 @@ class RLTrainer(Trainer):
                 agreement = self.sync(self.step)
             experiences, metrics = self.ranks.together(sample)
         if prompts:
-            self.add_times(self.rollouts.seconds)
+            self.times.add(self.rollouts.seconds)
         return experiences, {**metrics, **agreement}
 
-    def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:
-        figures = super()._log(log, seconds, tokens)
+    def _log(self, log: MetricsLog) -> dict[str, float]:
+        figures = super()._log(log)
         gap, most = figures.get("sampling/sampling_logp_difference/mean", 0.0), self.args.vllm_logprob_tolerance
         if gap > most:
             logger.warning(

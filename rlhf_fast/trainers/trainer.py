@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from rlhf_fast.run.distribution import Ranks
 from rlhf_fast.run.means import Means
 from rlhf_fast.run.metrics import MetricsLog
 from rlhf_fast.run.signals import StopSignals
+from rlhf_fast.run.times import Times
 
 from . import memory
 from .algorithm import Algorithm, Window
@@ -46,6 +45,7 @@ from .resume import load_best, resume, save
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 3
+ASIDE = ("evaluate", "save")  # what a run spends time on beside learning
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -126,7 +126,9 @@ class Trainer(Algorithm):
         self._loss: Tensor | float = 0.0  # of the window, so far
         self.skipped = 0  # steps in a row without a finite gradient
         self.metrics = Means()
-        self.times: dict[str, float] = defaultdict(float)
+        self.times = Times()
+        self.tokens = 0  # of the sequences that this rank has learned from, see num_tokens
+        self._tokens_logged = 0  # of all ranks, at the last log line
 
     @classmethod
     def from_config(cls, config: TrainerConfig) -> Trainer:
@@ -178,27 +180,30 @@ class Trainer(Algorithm):
         memory.check(self)
         log = self._open_log(out, resumed)
         final: dict[str, float] = {}
+        self._tokens_logged = self.num_tokens
         with log, StopSignals() as stop:
-            started, tokens = time.perf_counter(), 0.0
             while not self.finished:
                 if not self.plan:
-                    self._begin_round_or_save(out)
+                    with self.timed("collect"):
+                        self._begin_round_or_save(out)
                 with self.timed("train"):
-                    tokens += self._optimizer_step(self.plan.pop(0))
+                    self._optimizer_step(self.plan.pop(0))
+                log.total_steps = self.expected_steps
                 # read once: a signal that comes while logging waits for the next step
                 interrupted = self.ranks.any(stop.requested) and not self.finished
                 logged: dict[str, float] = {}
                 if self.finished or interrupted or self.step % self.args.logging_steps == 0:
-                    logged = self._log(log, time.perf_counter() - started, tokens)
+                    logged = self._log(log)
                     final.update(logged)
-                    started, tokens = time.perf_counter(), 0.0
                 self._notify("on_step", logged)
                 if self._evaluation_due and not interrupted:  # who asked to stop will not wait for it
                     final.update(self._evaluate(log))
                 if self.finished or interrupted or self.step % self.args.save_steps == 0 or self.best.step == self.step:
-                    self._notify("on_save", save(self, out))
+                    with self.timed("save"):
+                        folder = save(self, out)
+                    self._notify("on_save", folder)
                 if self.stopped and not logged:
-                    final.update(self._log(log, time.perf_counter() - started, tokens))
+                    final.update(self._log(log))
                 if self.stopped:
                     log.print(f"stopped at step {self.step}: {self.stopped}")
                 elif interrupted:
@@ -220,11 +225,39 @@ class Trainer(Algorithm):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; fewer when an algorithm drops some, see ``finished``."""
+        """Optimizer steps of the whole run as planned; see :attr:`expected_steps`."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         rounds = math.ceil(len(self.train_records) * self.args.num_train_epochs / self._rows_per_round)
         return rounds * self.windows_per_round * self.repeats
+
+    @property
+    def position(self) -> float:
+        """How many of the planned steps lie behind. The learning rate follows this.
+
+        A run of ``max_steps`` makes all of them. One of epochs makes fewer when an algorithm drops the remaining passes over
+        a round or draws more rows for it: steps that were dropped, or whose rows are used up, lie behind too.
+        """
+        if self.args.max_steps > 0:
+            return self.step
+        rounds = self.rows_drawn / self._rows_per_round
+        if self.rows_left <= 0:  # the last one may be shorter
+            rounds = math.ceil(rounds)
+        return min(rounds * self.windows_per_round * self.repeats, self.total_steps) - len(self.plan)
+
+    @property
+    def expected_steps(self) -> int:
+        """Optimizer steps of the whole run, as far as one knows by now."""
+        return self.step + math.ceil(self.total_steps - self.position)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences that training steps have learned from so far, on all ranks. Collective.
+
+        Prompts and responses, without padding, each time that a step sees them: a prompt that responses share counts with
+        each of them, whether the model reads it once or more often.
+        """
+        return sum(self.ranks.gather([self.tokens]))
 
     @property
     def finished(self) -> bool:
@@ -274,8 +307,8 @@ class Trainer(Algorithm):
         self.rows_drawn += count
         return [self.train_records[i] for i in rows[begin:end]]
 
-    def _optimizer_step(self, indices: list[int]) -> float:
-        """One step on the records at ``indices``; returns the response tokens seen on all ranks."""
+    def _optimizer_step(self, indices: list[int]) -> None:
+        """One step on the records at ``indices``."""
         records = [self.records[i] for i in indices]
         window = self._window(records)
         parts, world = self.micro_batches(records), len(self.ranks)
@@ -290,9 +323,12 @@ class Trainer(Algorithm):
                     self._loss = self._loss + loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
         self._apply(norm)
+        self.tokens += sum(len(e) for record in records for e in self.examples(record))
         self.step += 1
         self.after_step()
-        return window.tokens
+        # a schedule is a function of where the run is
+        self.scheduler.last_epoch = self.position - 1
+        self.scheduler.step()
 
     def _apply(self, norm: Tensor) -> None:
         """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
@@ -307,7 +343,6 @@ class Trainer(Algorithm):
                     f"{MAX_SKIPPED_STEPS} steps in a row had non-finite gradients, the last at step {self.step + 1}; "
                     f"lower the learning rate (now {self.scheduler.get_last_lr()[0]:g}) or inspect the data there"
                 )
-        self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.accelerator.reduce(torch.as_tensor(self._loss, device=self.accelerator.device), "sum")
         self.metrics.add({"loss": losses, "grad_norm": norm}, 1.0)
@@ -358,7 +393,7 @@ class Trainer(Algorithm):
         return MetricsLog(
             out,
             list(self.headline),
-            self.total_steps,
+            self.expected_steps,
             trackers=self.args.report_to,
             quiet=self.args.quiet,
             resume_step=resumed,
@@ -366,13 +401,15 @@ class Trainer(Algorithm):
             enabled=self.accelerator.is_main_process,
         )
 
-    def _log(self, log: MetricsLog, seconds: float, tokens: float) -> dict[str, float]:
-        figures = self.metrics.read()
+    def _log(self, log: MetricsLog) -> dict[str, float]:
+        figures, seconds, tokens = self.metrics.read(), self.times.read(), self.num_tokens
         figures["lr"] = self.scheduler.get_last_lr()[0]
         figures["epoch"] = self.sampler.epoch
-        figures["tokens_per_second"] = tokens / max(seconds, 1e-9)
-        figures.update({f"time/{name}": value for name, value in self.times.items()})
-        self.times.clear()
+        figures["num_tokens"] = tokens
+        learning = sum(value for name, value in seconds.items() if name not in ASIDE)
+        figures["tokens_per_second"] = (tokens - self._tokens_logged) / max(learning, 1e-9)
+        self._tokens_logged = tokens
+        figures.update({f"time/{name}": value for name, value in seconds.items()})
         figures.update(memory.figures(self.memory_plan))
         log.log(self.step, figures)
         return figures
@@ -387,16 +424,9 @@ class Trainer(Algorithm):
         if not self.args.quiet:
             self.accelerator.print(what)
 
-    def add_times(self, seconds: dict[str, float]) -> None:
-        for name, value in seconds.items():
-            self.times[name] += value
-
-    @contextlib.contextmanager
-    def timed(self, name: str):
-        """Count the block's seconds into ``time/<name>`` of the next log line."""
-        began = time.perf_counter()
-        yield
-        self.add_times({name: time.perf_counter() - began})
+    def timed(self, name: str) -> contextlib.AbstractContextManager:
+        """Count the block's seconds into ``time/<name>`` of the next log line, less those of timed blocks inside it."""
+        return self.times.timed(name)
 
     @contextlib.contextmanager
     def _eval_mode(self):

@@ -177,6 +177,8 @@ def test_two_processes_make_the_steps_of_one(name, results):
     one, two, _ = results[name]
     kept = (
         "loss",
+        "lr",
+        "num_tokens",
         "grad_norm",
         "reward",
         "kl",
