@@ -8,8 +8,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    f"{algorithm}{kind}": f"rlhf_fast.trainers.{algorithm.lower()}"
-    for algorithm in ("SFT", "Reward", "DPO", "KTO", "PPO", "GRPO")
+    f"{algorithm}{kind}": f"rlhf_fast.trainers.{module}"
+    for algorithm, module in (
+        *((name, name.lower()) for name in ("SFT", "Reward", "DPO", "KTO", "PPO", "GRPO")),
+        ("SafePPO", "safe_ppo"),
+    )
     for kind in ("Trainer", "Config")
 }
 
@@ -26,6 +29,8 @@ __all__ = [
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "SafePPOConfig",
+    "SafePPOTrainer",
     "__version__",
 ]
 

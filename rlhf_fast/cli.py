@@ -49,6 +49,9 @@ COMMANDS = {
     "dpo": Command("train", "preferences straight into the policy, without a reward model", "trainers.dpo:DPO", _TRY),
     "kto": Command("train", "responses labelled good or bad, no pairs, into the policy", "trainers.kto:KTO", _TRY),
     "ppo": Command("train", "reinforcement learning with a critic, against a reward model", "trainers.ppo:PPO", _TRY),
+    "safe-ppo": Command(
+        "train", "PPO within a limit of harm: a reward and a cost model (Safe RLHF)", "trainers.safe_ppo:SafePPO", _TRY
+    ),
     "grpo": Command("train", "reinforcement learning with groups of responses, no critic", "trainers.grpo:GRPO", _TRY),
     "judge": Command("label", "an AI judge's preferences over responses: pairs or rankings", "commands.judge:main"),
     "generate": Command("use", "responses of a model to prompts", "commands.generate:main"),
@@ -91,8 +94,8 @@ def _run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"rlhf-fast {_version()}")
         return 0
-    name, rest = argv[0], argv[1:]
-    command = COMMANDS.get(name.replace("_", "-"))
+    name, rest = argv[0].replace("_", "-"), argv[1:]
+    command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "rlhf-fast --help lists them"
@@ -181,7 +184,7 @@ def _report(name: str, trainer: Any, figures: dict[str, float], config: Any) -> 
     if not trainer.finished:
         print(f"next:  rlhf-fast {name} --config {run / 'config.yaml'} --resume")
         return
-    for command in COMMANDS[name].next:
+    for command in getattr(trainer, "next_commands", None) or COMMANDS[name].next:
         print(f"next:  {command.format(run=run)}")
 
 

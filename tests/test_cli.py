@@ -66,7 +66,7 @@ def test_every_command_has_help(name, capsys):
 def test_every_setting_of_every_trainer_says_what_it_means():
     from rlhf_fast.run.config import _owners, field_comments
 
-    for name in ("sft", "reward", "dpo", "kto", "ppo", "grpo"):
+    for name in ("sft", "reward", "dpo", "kto", "ppo", "safe-ppo", "grpo"):
         module, prefix = COMMANDS[name].target.split(":")
         config_class = getattr(cli._load(module), f"{prefix}Config")
         for setting, owner in _owners(config_class).items():

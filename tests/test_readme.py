@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from rlhf_fast import GRPOConfig
+from rlhf_fast import GRPOConfig, SafePPOConfig
 from rlhf_fast.run.config import parse_config
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -48,3 +48,12 @@ def test_the_rewards_of_the_judge_section_are_real(tmp_path):
     assert [reward.pop("name") for reward in rewards] == ["judge", "judge"]
     for reward in rewards:
         inspect.signature(Judge).bind(**reward)
+
+
+def test_the_settings_of_safe_rlhf_are_real(tmp_path):
+    block = re.search(r"```yaml\n(.*?)```", README[README.index("### Safe RLHF") :], re.DOTALL)[1]
+    path = tmp_path / "safe.yaml"
+    path.write_text(block)
+    for config_class in (GRPOConfig, SafePPOConfig):
+        config = parse_config(config_class, ["--config", str(path)])
+        assert (config.cost_funcs, config.cost_limit) == (["my_rewards:harmful"], 0.1)

@@ -15,14 +15,19 @@ from rlhf_fast.run.config import parse_config, read_yaml
 from rlhf_fast.trainers.config import RLConfig
 
 RECIPES = sorted((Path(rlhf_fast.__file__).parent / "recipes").glob("*.yaml"))
-TRAINERS = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "ppo": "PPO", "grpo": "GRPO"}
+TRAINERS = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "ppo": "PPO"}
+TRAINERS |= {"safe-ppo": "SafePPO", "grpo": "GRPO"}
 recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+
+
+def algorithm_of(recipe: Path) -> str:
+    return next(name for name in TRAINERS if recipe.stem.startswith(f"{name}-"))
 
 
 def classes(recipe: Path) -> tuple[type, type]:
     """Config and trainer of the algorithm whose name begins the file's."""
-    algorithm = recipe.stem.split("-")[0]
-    module = importlib.import_module(f"rlhf_fast.trainers.{algorithm}")
+    algorithm = algorithm_of(recipe)
+    module = importlib.import_module(f"rlhf_fast.trainers.{algorithm.replace('-', '_')}")
     return tuple(getattr(module, TRAINERS[algorithm] + kind) for kind in ("Config", "Trainer"))
 
 
@@ -57,7 +62,7 @@ def test_its_settings_are_the_trainers_own(recipe):
 
 @recipes
 def test_its_command_line_names_it(recipe):
-    algorithm = recipe.stem.split("-")[0]
+    algorithm = algorithm_of(recipe)
     comment = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any(f"rlhf-fast {algorithm} --config {recipe.name} --dataset_name" in line for line in comment)
 
@@ -75,7 +80,8 @@ def test_its_trainer_takes_it(recipe, model, tmp_path):
     options = {}
     if isinstance(config, RLConfig) and not config.reward_funcs:  # the reward model comes by the command line
         options["reward_funcs"] = ["answer"]
-    config = dataclasses.replace(config, output_dir=str(tmp_path), quiet=True)
+    costs = {"cost_funcs": ["exact"]} if recipe.stem.startswith("safe") else {}  # as does the cost model
+    config = dataclasses.replace(config, output_dir=str(tmp_path), quiet=True, **costs)
     trainer = trainer_class(str(model), args=config, train_dataset=rows, **options)
     assert trainer.total_steps >= 1
     assert bool(trainer.policy.adapters.names) == config.use_peft

@@ -135,8 +135,8 @@ def _config(args: Namespace) -> tuple[str, Any]:
     from rlhf_fast.run.config import parse_config
     from rlhf_fast.run.memory import METHODS
 
-    word = Path(args.config).name.removesuffix(".yaml").split("-")[0]
-    method = args.method or (word if word in METHODS else None)
+    begun = [method for method in METHODS if f"{Path(args.config).name}-".startswith(f"{method}-")]
+    method = args.method or (begun[0] if begun else None)
     if method is None:
         raise UserError(f"--config {args.config}: its name does not begin with a method; add --method METHOD")
     return method, parse_config(trainer_of(method)[0], ["--config", args.config])

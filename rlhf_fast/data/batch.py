@@ -47,6 +47,7 @@ class Preference:
     ref_logprobs: list[float] | None = None  # K summed log-probabilities under the reference, once computed
     # where a pair's loss depends on the other pairs of its step: this pair's part of the loss, and the slopes in its K sums
     coupling: list[float] | None = None  # 1 + K
+    safe: list[bool] | None = None  # K, whether each response is safe, where a cost is learned and somebody said so
     head_weights: list[float] | None = None  # of this row in the loss of each head of an ensemble; None: all 1
 
     def __len__(self) -> int:
@@ -254,6 +255,7 @@ class Experience:
 
     example: Example
     reward: float  # NaN when no reward function could score it
+    cost: float = 0.0  # the harm it does, where costs are asked for
     finished: bool = True  # it ended by itself, not by the length limit
     rollout_logprobs: Tensor | None = None  # as the rollout engine reported them
     old_logprobs: Tensor | None = None  # under the policy at the start of the update
@@ -261,6 +263,8 @@ class Experience:
     values: Tensor | None = None  # the critic's estimate of the state before each token
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    cost_values: Tensor | None = None  # as values and returns, of the cost
+    cost_returns: Tensor | None = None
 
 
 def packed(experiences: Sequence[Experience], name: str, batch: TokenBatch) -> Tensor | None:

@@ -5,6 +5,7 @@ need           canonical row (other columns are kept)
 =============  ===========================================================================================
 `sft`          ``{"text"}``, ``{"messages"}`` or ``{"prompt", "completion"}``
 `preferences`  ``{"prompt", "responses"}`` (K >= 2, best first), ``margin`` for pairs that have one
+`harm`         the same, least harmful first, ``safe`` (K bools) where responses are called safe or not
 `prompts`      ``{"prompt"}``; imported answers arrive as the columns ``answer`` and ``solution``
 `labelled`     ``{"prompt", "completion", "label"}``, label a bool
 =============  ===========================================================================================
@@ -75,7 +76,7 @@ def normalise(records: Any, need: str, bad_rows: str = "error") -> NormalisedRec
 
     Args:
         records: anything :func:`load_records` takes.
-        need: ``sft``, ``preferences``, ``prompts`` or ``labelled``.
+        need: ``sft``, ``preferences``, ``harm``, ``prompts`` or ``labelled``.
         bad_rows: ``error`` stops at the first row with a null, empty or wrongly typed value; ``drop`` leaves such rows
             out and keeps them in ``.problems``; ``audit`` does that, and takes it when no row is left.
     Raises:
@@ -490,12 +491,73 @@ def _rank(value: Any) -> int:
 
 def _labelled(row: Row) -> Row:
     row = _prompt_completion(row)
-    label = _get(row, "label")[1]
+    return {**row, "label": _truth("label", _get(row, "label")[1])}
+
+
+def _truth(name: str, value: Any) -> bool:
     words = {"true": True, "false": False, "1": True, "0": False}
-    label = words.get(label.strip().lower(), label) if isinstance(label, str) else label
-    if label not in (0, 1):
-        raise BadRow("wrong label", f"`label` must be true or false, got {_describe(label)}.")
-    return {**row, "label": bool(label)}
+    truth = words.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if truth not in (0, 1):
+        raise BadRow(f"wrong {name}", f"`{name}` must be true or false, got {_describe(value)}.")
+    return bool(truth)
+
+
+# ------------------------------------------------------------------------------- helpfulness and harmlessness apart
+
+
+def _two_labels(label: str) -> Callable[[Row], Row]:
+    """Two responses and which is ``better``, which ``safer``, as their index: ours, or the columns of PKU-SafeRLHF."""
+
+    def convert(row: Row) -> Row:
+        prompt = _prompt(_get(row, "prompt")[1])
+        theirs = "responses" not in row
+        columns = ("response_0", "response_1") if theirs else ("responses",)
+        given = [_get(row, name)[1] for name in columns] if theirs else _get(row, "responses")[1]
+        if not isinstance(given, list) or len(given) != 2:
+            raise BadRow("wrong responses", f"`responses` must be a list of two, got {_describe(given)}.")
+        responses = [_response(f"responses[{i}]", r, prompt) for i, r in enumerate(given)]
+        if responses[0] == responses[1]:
+            raise BadRow("identical responses", "the two responses are identical, so neither is preferred.")
+        names = {x: f"{x}_response_id" if theirs else x for x in ("better", "safer")}
+        best = _rank(_get(row, names[label])[1])
+        if best not in (0, 1):
+            raise BadRow(f"wrong {label}", f"`{names[label]}` must be 0 or 1, the index of a response, got {best}.")
+        safe = [row.get(f"is_response_{i}_safe") for i in (0, 1)] if theirs else row.get("safe")
+        out = {"prompt": prompt, "responses": [responses[best], responses[1 - best]]}
+        if label == "safer" and (safe := _safety(safe, 2)):
+            out["safe"] = [safe[best], safe[1 - best]]
+        used = ("prompt", *columns, *names.values(), "safe", "is_response_0_safe", "is_response_1_safe")
+        return {**out, **_rest(row, *used), **_weight(row)}
+
+    return convert
+
+
+def _safety(value: Any, count: int) -> list[bool] | None:
+    """Whether each of ``count`` responses is safe, where somebody said."""
+    if value is None or (isinstance(value, list) and set(value) == {None}):
+        return None
+    if not isinstance(value, list) or len(value) != count:
+        raise BadRow(
+            "wrong safe", f"`safe` must say true or false of each of {count} responses, got {_describe(value)}."
+        )
+    return [_truth("safe", v) for v in value]
+
+
+def _safe_pair(row: Row) -> Row:
+    """chosen is the safer; ``safe`` is of [chosen, rejected]."""
+    out = _pair(_rest(row, "safe"))
+    safe = _safety(row.get("safe"), 2)
+    return out if safe is None else {**out, "safe": safe}
+
+
+def _safe_ranking(row: Row) -> Row:
+    """Rank 1 is the safest; ``safe`` is in the order of the responses."""
+    out = _ranked(_rest(row, "safe"))
+    safe = _safety(row.get("safe"), len(out["responses"]))
+    if safe is None:
+        return out
+    given = [_response("responses", r, out["prompt"]) for r in row["responses"]]
+    return {**out, "safe": [safe[given.index(r)] for r in out["responses"]]}
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -509,6 +571,8 @@ _CHOSEN = (("prompt",), ("chosen",), ("rejected",))
 _IMPLICIT = (("chosen",), ("rejected",))
 _RANKED = (("prompt",), ("responses",), ("ranking",))
 _LABELLED = (*_PAIRED, ("label",))
+_TWO_LABELS = (("prompt",), ("responses",), ("better",), ("safer",))
+_PKU = (("prompt",), ("response_0",), ("response_1",), ("better_response_id",), ("safer_response_id",))
 
 # in order: the first whose columns are all there is taken
 NEEDS: dict[str, tuple[Format, ...]] = {
@@ -526,6 +590,15 @@ NEEDS: dict[str, tuple[Format, ...]] = {
         Format("pairs", _CHOSEN, _pair_with_prompt),
         Format("pairs with a shared prompt", _IMPLICIT, _pair),
         Format("rankings", _RANKED, _ranked),
+        Format("two labels: the better response", _TWO_LABELS, _two_labels("better")),
+        Format("PKU-SafeRLHF: the better response", _PKU, _two_labels("better")),
+    ),
+    "harm": (
+        Format("pairs, the safer chosen", _CHOSEN, _safe_pair),
+        Format("pairs with a shared prompt, the safer chosen", _IMPLICIT, _safe_pair),
+        Format("rankings, the safest first", _RANKED, _safe_ranking),
+        Format("two labels: the safer response", _TWO_LABELS, _two_labels("safer")),
+        Format("PKU-SafeRLHF: the safer response", _PKU, _two_labels("safer")),
     ),
     "prompts": (
         Format("prompts", (("prompt",),), _only_prompt),
@@ -540,6 +613,7 @@ NEEDS: dict[str, tuple[Format, ...]] = {
 WANTED_BY = {
     "sft": "supervised fine-tuning",
     "preferences": "training on preferences",
+    "harm": "training a cost model",
     "prompts": "reinforcement learning",
     "labelled": "training on labelled completions",
 }

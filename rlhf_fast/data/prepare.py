@@ -125,20 +125,26 @@ def prepare_sft(
 
 
 def prepare_preferences(
-    records: Any, tokenizer: Any, *, max_length: int | None = 1024, allow_truncation: bool = False, **options: Any
+    records: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None = 1024,
+    allow_truncation: bool = False,
+    need: str = "preferences",
+    **options: Any,
 ) -> tuple[list[Preference], Report]:
     """Tokenize pairs or rankings: the responses of each row best first, the prompt before each, only responses trained.
 
-    Arguments and errors are those of :func:`prepare_sft`. A row is dropped when one of its responses has no token within
+    ``need`` ``harm`` takes the least harmful for the best. Other arguments and errors are those of :func:`prepare_sft`. A row is dropped when one of its responses has no token within
     ``max_length``, or when two of them no longer differ there.
     """
-    work = _Preparation(records, "preferences", tokenizer, max_length, allow_truncation, "max_length", **options)
+    work = _Preparation(records, need, tokenizer, max_length, allow_truncation, "max_length", **options)
 
     def encode(row: dict) -> Preference:
         responses = work.fit([work.encoder.prompt_completion(row["prompt"], r) for r in row["responses"]], row)
         if len({tuple(r.input_ids) for r in responses}) < len(responses):
             raise BadRow(SAME_WHEN_CUT, "two responses do not differ within max_length.")
-        return Preference(responses, row.get("margin"))
+        return Preference(responses, row.get("margin"), safe=row.get("safe"))
 
     return work.run(encode)
 

@@ -140,7 +140,9 @@ def attach(policy: Policy, role: str, folder: str | Path, name: str | None = Non
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the run folder of a trained {role} model")
     if saved_role(folder) != role or not (folder / HEADS_FILE).is_file():
-        raise UserError(f"{folder}: not a {role} model (no {HEADS_FILE} of that role); train one with rlhf-fast {role}")
+        raise UserError(
+            f"{folder}: not a {role} model (no {HEADS_FILE} of that role); train one with {_training(role)}"
+        )
     if (folder / "adapter_config.json").is_file() and policy.adapters.names and _same_base(policy, folder):
         name = name or role
         policy.adapters.load(name, folder, trainable=False)
@@ -152,6 +154,10 @@ def attach(policy: Policy, role: str, folder: str | Path, name: str | None = Non
     if not policy.fused:
         other.unfuse()
     return other.requires_grad_(False)
+
+
+def _training(role: str) -> str:
+    return "rlhf-fast reward --kind cost" if role == "cost" else f"rlhf-fast {role}"
 
 
 def _same_base(policy: Policy, folder: Path) -> bool:

@@ -16,7 +16,8 @@ from rlhf_fast.models import Policy
 from rlhf_fast.rollout import Engine, Request, Sample, completions_for, decode
 from rlhf_fast.rollout.sampling import spaced_seed
 
-from . import check_columns, score
+from . import check_columns, resolve_all, score
+from .functions import RewardTable
 from .model import RewardModel
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class ScoredRollouts:
         functions: reward functions, see :mod:`rlhf_fast.rewards`.
         names: of the functions, for metrics.
         weights: one per function; None weighs them all 1.
+        costs: functions whose sum is a response's cost, or their specs.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ScoredRollouts:
         functions: Sequence[Callable],
         names: Sequence[str],
         weights: Sequence[float] | None = None,
+        costs: Sequence[Any] = (),
     ):
         self.engine, self.policy = engine, policy
         self.functions, self.names, self.weights = list(functions), list(names), weights
@@ -47,6 +50,9 @@ class ScoredRollouts:
             raise UserError(
                 f"reward_weights has {len(weights)} entries for the rewards {', '.join(names)}; give one each"
             )
+        self.costs, self.cost_names = resolve_all(list(costs))
+        check_kinds(self.functions, self.names, "reward")
+        check_kinds(self.costs, self.cost_names, "cost")
         self.seconds: dict[str, float] = {}  # of the last call, by what they were spent on
         self._told: set[str] = set()  # faults of reward functions
 
@@ -56,13 +62,14 @@ class ScoredRollouts:
         Raises:
             UserError: names the function and the column.
         """
-        check_columns(self.functions, self.names, [*prompts[0].columns, "prompt_ids"])
+        given = [*prompts[0].columns, "prompt_ids"]
+        check_columns([*self.functions, *self.costs], [*self.names, *self.cost_names], given)
 
     @torch.no_grad()
     def sample(
         self, prompts: Sequence[Prompt], *, n: int, max_new_tokens: int, temperature: float, seed: int
     ) -> tuple[list[Experience], dict[str, float]]:
-        """``n`` responses to every prompt, siblings adjacent, each with its reward.
+        """``n`` responses to every prompt, siblings adjacent, each with its reward and its cost.
 
         Args:
             seed: number of the first prompt; the i-th draws by ``seed + i``, whatever else is in the batch.
@@ -81,15 +88,16 @@ class ScoredRollouts:
         generated = time.perf_counter()
         asked = [p for p in prompts for _ in range(n)]
         samples = [s for group in groups for s in group]
-        rewards, metrics = self._score(asked, samples)
+        rewards, costs, metrics = self._score(asked, samples)
         experiences = [
             Experience(
                 example=Example([*p.input_ids, *s.ids], [False] * len(p.input_ids) + [True] * len(s.ids)),
                 reward=reward,
+                cost=cost,
                 finished=s.finish_reason == "stop",
                 rollout_logprobs=_after_prompt(p, s, self.policy.device),
             )
-            for p, s, reward in zip(asked, samples, rewards.tolist())
+            for p, s, reward, cost in zip(asked, samples, rewards.tolist(), costs.tolist())
         ]
         self.seconds = {"generate": generated - began, "reward": time.perf_counter() - generated}
         lengths = torch.tensor([float(len(s.ids)) for s in samples])
@@ -97,32 +105,68 @@ class ScoredRollouts:
         metrics["completions/clipped_ratio"] = sum(not e.finished for e in experiences) / len(experiences)
         return experiences, metrics
 
-    def _score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
+    def _score(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Rewards and costs, both (B,), and their metrics. A response whose cost nobody knows teaches nothing either."""
+        table = self.table([*self.functions, *self.costs], [*self.names, *self.cost_names], prompts, samples)
+        for message in table.messages:
+            if (fault := message.split(" (")[0]) not in self._told:
+                self._told.add(fault)
+                logger.warning("%s; they teach nothing. Further ones only count as rewards/*/faults.", message)
+        rewards, costs = table.part(len(self.names))
+        metrics = _metrics("rewards", rewards, self.functions) | _metrics("costs", costs, self.costs)
+        total, cost = rewards.total(self.weights), torch.zeros(len(samples))
+        if self.costs:
+            cost = costs.total()
+            total = total.masked_fill(cost.isnan(), torch.nan)
+        return total, cost, metrics
+
+    def mean_cost(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> float:
+        """Of one response to each of ``prompts``; NaN when nobody could say."""
+        samples = [Sample(ids, [0.0] * len(ids), "stop") for ids in responses]
+        return float(self.table(self.costs, self.cost_names, prompts, samples).total().nanmean())
+
+    def table(
+        self, functions: Sequence[Callable], names: Sequence[str], prompts: Sequence[Prompt], samples: Sequence[Sample]
+    ) -> RewardTable:
+        """What ``functions`` say of one sample to each of ``prompts``."""
         texts = decode(samples, self.policy.tokenizer)
         # None stands for a column that only some rows have
         columns = {name: [p.columns.get(name) for p in prompts] for name in {k: 0 for p in prompts for k in p.columns}}
-        table = score(
-            self.functions,
-            self.names,
+        return score(
+            functions,
+            names,
             [p.prompt for p in prompts],
             completions_for([p.prompt for p in prompts], texts),
             [s.ids for s in samples],
             {**columns, "prompt_ids": [p.input_ids for p in prompts]},
         )
-        for message in table.messages:
-            if (fault := message.split(" (")[0]) not in self._told:
-                self._told.add(fault)
-                logger.warning("%s; they teach nothing. Further ones only count as rewards/*/faults.", message)
-        metrics: dict[str, float] = {}
-        for i, name in enumerate(self.names):
-            scored = table.values[:, i][~table.values[:, i].isnan()]
-            if len(scored):
-                metrics[f"rewards/{name}/mean"] = float(scored.mean())
-                metrics[f"rewards/{name}/std"] = float(scored.std()) if len(scored) > 1 else 0.0
-            metrics[f"rewards/{name}/faults"] = float(table.faults.get(name, 0))
-            if isinstance(model := self.functions[i], RewardModel) and model.num_heads > 1 and model.stds:
-                metrics[f"rewards/{name}/disagreement"] = sum(model.stds) / len(model.stds)
-        return table.total(self.weights), metrics
+
+
+def check_kinds(functions: Sequence[Callable], names: Sequence[str], kind: str) -> None:
+    """Refuse a cost model as a reward, and a reward model as a cost: their signs are opposite.
+
+    Raises:
+        UserError: names the model and where it belongs.
+    """
+    places = {"reward": "reward_funcs or reward_model_path", "cost": "cost_funcs or cost_model_path"}
+    for function, name in zip(functions, names):
+        if isinstance(function, RewardModel) and function.kind != kind:
+            raise UserError(
+                f"{name} is a {function.kind} model and stands among the {kind}s; give it to {places[function.kind]}"
+            )
+
+
+def _metrics(kind: str, table: RewardTable, functions: Sequence[Callable]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, values, faulted, function in zip(table.names, table.values.T, table.faulted.T, functions):
+        scored = values[~values.isnan()]
+        if len(scored):
+            metrics[f"{kind}/{name}/mean"] = float(scored.mean())
+            metrics[f"{kind}/{name}/std"] = float(scored.std()) if len(scored) > 1 else 0.0
+        metrics[f"{kind}/{name}/faults"] = float(faulted.sum())
+        if isinstance(function, RewardModel) and function.num_heads > 1 and function.stds:
+            metrics[f"{kind}/{name}/disagreement"] = sum(function.stds) / len(function.stds)
+    return metrics
 
 
 def _after_prompt(prompt: Prompt, sample: Sample, device: Any) -> Tensor:

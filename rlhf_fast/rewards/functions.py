@@ -177,6 +177,13 @@ class RewardTable:
         sums = (self.values.nan_to_num(0.0) * weights).sum(1)
         return sums.masked_fill(self.values.isnan().all(1) | self.faulted.any(1), torch.nan)
 
+    def part(self, first: int) -> tuple[RewardTable, RewardTable]:
+        """The scores of the ``first`` functions, and those of the others; without messages."""
+        return tuple(
+            RewardTable(self.names[at], self.values[:, at], self.faulted[:, at])
+            for at in (slice(None, first), slice(first, None))
+        )
+
 
 def check_columns(functions: Sequence[RewardFunction], names: Sequence[str], columns: Sequence[str]) -> None:
     """Refuse at the start a reward function that needs a column the data set does not have.

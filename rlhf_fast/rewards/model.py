@@ -14,6 +14,8 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy, attach, load
 from rlhf_fast.rewards.verifiers import text_of
 
+KINDS = ("reward", "cost")  # what a model may be trained to score: good, or harm
+
 
 class RewardModel:
     """Score prompt and completion with a reward model's scalar head, read at the last token.
@@ -23,18 +25,20 @@ class RewardModel:
 
     Args:
         path: a folder of a reward model, or a Policy that has the role.
-        role: the role that scores.
+        role: the role that scores; that which the model was trained for when None.
         max_tokens: most tokens in one pass.
         disagreement_penalty: an ensemble's score is the mean over its heads less so many times their standard deviation:
-            responses unlike the training data, on which heads part, earn less (Coste et al. 2023, arXiv:2310.02743).
+            responses unlike the training data, on which heads part, earn less (Coste et al. 2023, arXiv:2310.02743). A
+            cost gets it added.
     Raises:
         UserError: the model has no scalar head for the role, or a penalty on disagreement and only one head.
     """
 
     def __init__(
-        self, path: Any, *, role: str = "reward", max_tokens: int = 16384, disagreement_penalty: float = 0.0
+        self, path: Any, *, role: str | None = None, max_tokens: int = 16384, disagreement_penalty: float = 0.0
     ) -> None:
         self.policy = load(path)
+        role = role or (self.policy.role if self.policy.role in KINDS else "reward")
         self.role, self.max_tokens, self.disagreement_penalty = role, max_tokens, disagreement_penalty
         self.stds: list[float] = []  # of the last call's completions: standard deviation over an ensemble's heads
         self.__name__ = Path(path).resolve().name if isinstance(path, (str, Path)) else role
@@ -47,6 +51,15 @@ class RewardModel:
             raise UserError(
                 f"{self.__name__}: disagreement_penalty needs a reward model of several heads; train one with num_heads"
             )
+
+    @property
+    def kind(self) -> str:
+        """``cost`` when high scores are bad, else ``reward``."""
+        return "cost" if self.role.startswith("cost") else "reward"
+
+    def place_beside(self, policy: Policy) -> str:
+        """Where it runs, in words."""
+        return "an adapter on the policy's base" if self.policy is policy else "a model of its own in memory"
 
     @property
     def num_heads(self) -> int:
@@ -75,7 +88,8 @@ class RewardModel:
             self.policy.train(training)
         stds = scores.std(1, correction=0)
         self.stds = stds.tolist()
-        return (scores.mean(1) - self.disagreement_penalty * stds).tolist()
+        worse = self.disagreement_penalty * stds
+        return (scores.mean(1) + worse if self.kind == "cost" else scores.mean(1) - worse).tolist()
 
     def _examples(
         self,
@@ -108,16 +122,17 @@ class RewardModel:
             yield rows
 
 
-def attach_reward_models(policy: Policy, folders: str | Sequence[str]) -> list[RewardModel]:
-    """The reward models in ``folders``, each as an adapter on the base of ``policy`` where it can be.
+def attach_reward_models(policy: Policy, folders: str | Sequence[str], kind: str = "reward") -> list[RewardModel]:
+    """The reward models (or, as ``kind`` says, cost models) in ``folders``, each as an adapter on the base of ``policy``
+    where it can be.
 
     Raises:
-        UserError: a folder holds no reward model.
+        UserError: a folder holds no such model.
     """
     models = []
     for number, folder in enumerate([folders] if isinstance(folders, str) else folders, start=1):
-        name = "reward" if number == 1 else f"reward_{number}"
-        judge = attach(policy, "reward", folder, name)
-        models.append(RewardModel(judge, role=name if judge is policy else "reward"))
-        models[-1].__name__ = name.replace("reward", "reward_model")  # in the metrics
+        name = kind if number == 1 else f"{kind}_{number}"
+        judge = attach(policy, kind, folder, name)
+        models.append(RewardModel(judge, role=name if judge is policy else kind))
+        models[-1].__name__ = name.replace(kind, f"{kind}_model")  # in the metrics
     return models

@@ -24,6 +24,7 @@ from rlhf_fast.kernels.policy import LEVELS
 from .config import RLConfig, one_of
 from .groups import ALIKE, BASELINES, SCALES, group_deviations, group_metrics, relative_advantages
 from .importance import distance
+from .lagrangian import CostConfig
 from .rl import RLTrainer
 from .scores import kl_of, punish_overlong
 from .trainer import Window
@@ -41,7 +42,7 @@ LOSS_TYPES = {
 
 
 @dataclass(kw_only=True)
-class GRPOConfig(RLConfig):
+class GRPOConfig(CostConfig, RLConfig):
     output_dir: str = "runs/grpo"  # the run folder: model, checkpoints, metrics, plots
     num_generations: int = 8  # responses per prompt; batch sizes count responses
     num_iterations: int = 1  # optimizer steps on each batch of responses
@@ -82,6 +83,7 @@ class GRPOConfig(RLConfig):
                 f"num_generations is {self.num_generations}: it must be at least 2 and divide "
                 f"per_device_train_batch_size * gradient_accumulation_steps = {batch} responses"
             )
+        self.check_costs()
 
     @property
     def needs_reference(self) -> bool:
@@ -100,6 +102,7 @@ class GRPOTrainer(RLTrainer):
         if self.args.needs_reference:
             self.policy.add_reference()
             self.say(f"reference: {self.policy.reference}")
+        self.add_costs()
 
     @property
     def rows_per_window(self) -> int:
@@ -139,6 +142,8 @@ class GRPOTrainer(RLTrainer):
         """Sample a group of responses to every prompt, score them, and compare each with its group."""
         a, entries = self.args, self.entries
         experiences = self._sample(prompts)
+        if self.lagrangian is not None:
+            self.metrics.add(self.lagrangian.update([e.cost for e in experiences], self.step), 1.0)
         for _ in range(a.dynamic_sampling_rounds):
             experiences = self._replace_alike(experiences)
         roles = {"old_logprobs": "policy", "ref_logprobs": "reference"}
@@ -164,7 +169,7 @@ class GRPOTrainer(RLTrainer):
     def _replace_alike(self, experiences: list[Experience]) -> list[Experience]:
         """Further prompts' groups in place of those that were scored all alike, as far as the data goes. Collective."""
         size, rank = self.args.num_generations, self.ranks.index
-        deviations = group_deviations(torch.tensor([e.reward for e in experiences]), size)
+        deviations = group_deviations(torch.tensor([self._worth(e) for e in experiences]), size)
         alike = (deviations < ALIKE).nonzero().flatten().tolist()
         wanted = self.ranks.gather([len(alike)])
         count, begin = int(min(sum(wanted), max(self.rows_left, 0))), sum(wanted[:rank])
@@ -176,10 +181,17 @@ class GRPOTrainer(RLTrainer):
                 experiences[group * size : (group + 1) * size] = fresh[number * size : (number + 1) * size]
         return experiences
 
+    def _worth(self, experience: Experience) -> float:
+        """Its reward, less its cost at the price of the moment where costs have a limit."""
+        reward = experience.reward
+        return reward if self.lagrangian is None else self.lagrangian.mix(reward, experience.cost)
+
     def _advantages(self, experiences: list[Experience]) -> list[float]:
         """Of each response, by the rewards of all ranks less what the distance from the reference costs. Collective."""
         a, rank = self.args, self.ranks.index
-        mine = [(rank, e.reward - (a.kl_coef * kl_of(e) if a.kl_coef else 0.0), self.size(e)) for e in experiences]
+        mine = [
+            (rank, self._worth(e) - (a.kl_coef * kl_of(e) if a.kl_coef else 0.0), self.size(e)) for e in experiences
+        ]
         ranks, rewards, tokens = zip(*self.ranks.gather(mine))
         how = {"baseline": a.advantage_baseline, "scale": a.scale_rewards}
         advantages = relative_advantages(rewards, tokens, a.num_generations, **how)

@@ -54,6 +54,7 @@ def job_of(trainer: Trainer) -> Job:
         vllm_share=getattr(a, "vllm_share", 0.0),
         vllm_sleeps=getattr(a, "vllm_enable_sleep_mode", False),
         reward_models=len(getattr(a, "reward_models", ())),
+        cost_models=len(getattr(a, "cost_models", ())),
         **trainer.sizes(),
     )
     return replace(job, kernels="fused" if _fused(policy, job) else "peft")

@@ -5,16 +5,17 @@ Policy, critic, reference and, where it shares their base, the reward model are 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Experience, Prompt, packed, unpack
+from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed, unpack
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss
 from rlhf_fast.kernels.kl import ESTIMATORS
@@ -82,6 +83,8 @@ class PPOTrainer(RLTrainer):
     config_class = PPOConfig
     method = "ppo"
     headline = ("objective/scores", "objective/kl")
+    # role of each critic -> the entries of a record that hold its values and what they should have been
+    critics: ClassVar[dict[str, tuple[str, str]]] = {"value": ("values", "returns")}
     learning_rates = (3e-6, 3e-5)
 
     def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
@@ -98,11 +101,11 @@ class PPOTrainer(RLTrainer):
     def add_roles(self) -> None:
         self.policy.add_reference()
         self.say(f"reference: {self.policy.reference}")
-        self.policy.add_role("value", trainable=True, head=True)
+        for role in self.critics:
+            self.policy.add_role(role, trainable=True, head=True)
         models = attach_reward_models(self.policy, self.args.reward_models)
         for m in models:
-            where = "an adapter on the policy's base" if m.policy is self.policy else "a model of its own in memory"
-            self.say(f"{m.__name__}: {where}")
+            self.say(f"{m.__name__}: {m.place_beside(self.policy)}")
         self.functions, self.names = resolve_all([*self.functions, *models])
 
     @property
@@ -129,7 +132,8 @@ class PPOTrainer(RLTrainer):
 
     @property
     def entries(self) -> list[str]:
-        return ["old_logprobs", "advantages", "values", "returns", *["ref_logprobs"] * bool(self.args.beta)]
+        critics = itertools.chain(*self.critics.values())
+        return ["old_logprobs", "advantages", *critics, *["ref_logprobs"] * bool(self.args.beta)]
 
     @torch.no_grad()
     def collect(self, prompts: list[Prompt]) -> list[Experience]:
@@ -148,7 +152,10 @@ class PPOTrainer(RLTrainer):
                 experiences,
                 old_logprobs=lambda b: self.logprobs(b, "policy"),
                 ref_logprobs=lambda b: self.logprobs(b, "reference"),
-                values=self.policy.values,
+                **{
+                    values: functools.partial(self.policy.values, role=role)
+                    for role, (values, _) in self.critics.items()
+                },
             )
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
@@ -161,40 +168,43 @@ class PPOTrainer(RLTrainer):
         batch = self.pack([e.example for e in experiences])
         scores = torch.tensor([e.reward for e in experiences], device=self.policy.device)
         values, mask = packed(experiences, "values", batch), batch.response_mask
-        discounting = {"gamma": a.gamma, "lam": a.lam, "cu_seqlens": batch.cu_seqlens}
-        advantages, returns, rewards, kl = kl_shaped_gae(
-            scores,
-            packed(experiences, "old_logprobs", batch),
-            packed(experiences, "ref_logprobs", batch),
-            values,
-            mask,
-            kl_coef=self.kl_coef,
-            estimator=a.kl_estimator,
-            whiten=False,
-            **discounting,
-        )
+        advantages, returns, rewards, kl = self.shaped(experiences, batch, scores, values, self.kl_coef)
         if a.whiten_rewards:
             scaled = whiten_over_ranks(rewards, mask, self.ranks, shift_mean=False)
-            advantages, returns = gae(scaled, values, mask, **discounting)
+            advantages, returns = gae(scaled, values, mask, gamma=a.gamma, lam=a.lam, cu_seqlens=batch.cu_seqlens)
+        advantages = self.weigh_costs(experiences, batch, advantages)
         advantages = whiten_over_ranks(advantages, mask, self.ranks)
         unpack(experiences, "advantages", advantages, batch)
         unpack(experiences, "returns", returns, batch)
         count = sum(self.size(e) > 0 for e in experiences)  # those that were scored
         if count:
-            rows = batch.response_rows
-            unexplained = (returns - values)[rows].var(unbiased=False)
             figures = {
                 "objective/scores": scores.sum() / count,
                 "objective/kl": kl.sum() / count,
                 "objective/non_score_reward": (rewards.sum() - scores.sum()) / count,
                 "objective/rlhf_reward": rewards.sum() / count,
                 "objective/kl_coef": self.kl_coef,
-                "val/explained_variance": 1 - unexplained / (returns[rows].var(unbiased=False) + 1e-8),
+                "val/explained_variance": explained_variance(values[batch.response_rows], returns[batch.response_rows]),
             }
             self.metrics.add(figures, count)
         if a.kl_target is not None:
             kl_of_all, count_of_all = self.ranks.sum(float(kl.sum()), count)
             self.kl_coef *= kl_factor(kl_of_all, count_of_all, a.kl_target, a.kl_horizon)
+
+    def shaped(
+        self, experiences: list[Experience], batch: TokenBatch, scores: Tensor, values: Tensor, kl_coef: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Advantages, returns, rewards and KL (N,) of ``scores`` (B,) at the ends of responses, less ``kl_coef`` times the KL."""
+        a = self.args
+        logprobs = (packed(experiences, name, batch) for name in ("old_logprobs", "ref_logprobs"))
+        shaping = {"kl_coef": kl_coef, "estimator": a.kl_estimator, "gamma": a.gamma, "lam": a.lam}
+        return kl_shaped_gae(
+            scores, *logprobs, values, batch.response_mask, whiten=False, cu_seqlens=batch.cu_seqlens, **shaping
+        )
+
+    def weigh_costs(self, experiences: list[Experience], batch: TokenBatch, advantages: Tensor) -> Tensor:
+        """Advantages (N,) with those of the costs taken off; plain PPO knows none. Collective."""
+        return advantages
 
     def losses(self, records: list[Experience], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
@@ -229,16 +239,16 @@ class PPOTrainer(RLTrainer):
                 figures["kl"] = metrics["kl"]
             self._moved = self._moved + metrics["approx_kl"] * tokens / window.tokens
             yield loss, figures, tokens
-        values = self.model(batch, output="values")
-        loss, metrics = value_loss(
-            values,
-            packed(records, "values", batch),
-            packed(records, "returns", batch),
-            batch.response_mask,
-            clip=a.cliprange_value,
-            denominator=window.tokens,
-        )
-        yield a.vf_coef * loss, {"loss/value_avg": loss.detach() * whole}, tokens
+        for role, (values, returns) in self.critics.items():
+            loss, metrics = value_loss(
+                self.model(batch, output="values", role=role),
+                packed(records, values, batch),
+                packed(records, returns, batch),
+                batch.response_mask,
+                clip=a.cliprange_value,
+                denominator=window.tokens,
+            )
+            yield a.vf_coef * loss, {f"loss/{role}_avg": loss.detach() * whole}, tokens
 
     def after_step(self) -> None:
         """Drop the batch's remaining passes once the policy has moved ``target_kl`` away from where it sampled."""
@@ -249,8 +259,14 @@ class PPOTrainer(RLTrainer):
         self._moved = 0.0
 
     def extra_state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef, "scores": self.scores.state()}
+        return {**super().extra_state(), "kl_coef": self.kl_coef, "scores": self.scores.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
         self.kl_coef = state["kl_coef"]
         self.scores.load_state(state["scores"])
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """The share of the returns' variance that a critic's values account for; 1 is all of it."""
+    return 1 - (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)

@@ -21,6 +21,7 @@ from rlhf_fast.run.metrics import MetricsLog
 from .config import RLConfig
 from .engines import WeightSync, build_engine, shared_engine
 from .importance import distance_of, weigh
+from .lagrangian import Lagrangian, cost_functions
 from .scores import kl_of
 from .trainer import Trainer
 
@@ -44,13 +45,16 @@ class RLTrainer(Trainer):
         args = args if args is not None else self.config_class()
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
+        self.costs: list[Any] = []
+        self.lagrangian: Lagrangian | None = None  # where costs have a limit
         super().__init__(model, args, **kwargs)
         engine = engine or build_engine(args, self.policy, self._engine_in_process)
         self.engine = shared_engine(engine, self.ranks)
         check_for_rl(self.engine, temperature=args.temperature)
         probe = min((p.input_ids for p in self.train_records), key=len)
         self.sync = WeightSync(self.engine, self.policy, args, probe, self.ranks)
-        self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, args.reward_weights)
+        scoring = {"weights": args.reward_weights, "costs": self.costs}
+        self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, **scoring)
         self.completions: list[dict[str, Any]] = []  # of the last evaluation: prompt, completion, rewards, ...
         self.rollouts.check(self.train_records)
         if self.eval_records is not None:
@@ -70,6 +74,12 @@ class RLTrainer(Trainer):
         """Raise UserError when there is nothing to learn from."""
         if not self.functions:
             raise UserError("reward_funcs is empty: name at least one, e.g. --reward_funcs answer")
+
+    def add_costs(self) -> None:
+        """Have responses' costs scored, and their mean limited, if the config names costs."""
+        if self.args.has_costs:
+            self.costs = resolve_all(cost_functions(self.policy, self.args, self.say))[0]
+            self.lagrangian = Lagrangian(self.args, self.ranks)
 
     @classmethod
     def tokenize(cls, records, tokenizer, args: RLConfig, **options) -> tuple[list[Prompt], Report]:
@@ -92,7 +102,7 @@ class RLTrainer(Trainer):
         return [record.example]
 
     def models(self) -> list[nn.Module]:
-        judges = [f.policy for f in self.functions if isinstance(f, RewardModel)]
+        judges = [f.policy for f in [*self.functions, *self.costs] if isinstance(f, RewardModel)]
         return [self.policy, *(judge for judge in judges if judge is not self.policy)]
 
     def sizes(self) -> dict[str, Any]:
@@ -200,6 +210,8 @@ class RLTrainer(Trainer):
         evaluation = evaluate_policy(self.policy, prompts, self.rollouts.functions, **weights, **limits)
         self.completions = evaluation.samples
         figures = {f"eval_{name}": value for name, value in evaluation.items() if isinstance(value, float)}
+        if self.lagrangian is not None:
+            figures["eval_cost"] = self.rollouts.mean_cost(prompts, evaluation.completion_ids)
         if self.policy.has_reference:
             sampled = evaluate_policy(self.policy, prompts, [], temperature=a.temperature, seed=a.seed, **limits)
             figures["eval_kl"] = self.kl_to_reference(prompts, sampled.completion_ids)
@@ -224,6 +236,13 @@ class RLTrainer(Trainer):
         figures = super()._evaluate(log)
         log.completions(self.step, self.completions, shown=self.args.num_completions_to_print)
         return figures
+
+    def extra_state(self) -> dict[str, Any]:
+        return {} if self.lagrangian is None else {"lagrangian": self.lagrangian.state()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        if self.lagrangian is not None:
+            self.lagrangian.load_state(state["lagrangian"])
 
     def restore_record(self, fields: dict[str, Any]) -> Experience:
         return restore_experience(fields, self.policy.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig
+from rlhf_fast import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig, SafePPOConfig
 from rlhf_fast.cli import main
 from rlhf_fast.models.scratch import new_model
 from rlhf_fast.run.config import build_config, save_config
@@ -41,7 +41,7 @@ def test_every_question_has_an_answer(model, method, capsys):
             assert answer["fits"] or answer["changes"]
             assert answer["settings"]["micro_batch_tokens"] >= length
             assert sum(p["bytes"] for p in answer["parts"]) > answer["tensors"]
-            assert ("rollout_batch_size" in answer["settings"]) == (method in ("ppo", "grpo"))
+            assert ("rollout_batch_size" in answer["settings"]) == (method in ("ppo", "safe-ppo", "grpo"))
         sizes = [answers[gpu] for gpu in ("24", "48", "80", "141")]
         assert all(big["fits"] or not small["fits"] for small, big in itertools.pairwise(sizes))
         assert sizes[-1]["fits"]
@@ -143,6 +143,7 @@ def test_what_goes_on_from_a_trained_adapter_keeps_it_as_the_reference(run_folde
         ("grpo", [], 0),
         ("grpo", ["--beta", 0.1], 1),
         ("ppo", [], 2),
+        ("safe-ppo", [], 3),
     ):
         answer = one(capsys, "--model", run_folder, "--method", method, *more)
         assert part(answer, "frozen adapters") == frozen * adapter
@@ -187,7 +188,7 @@ def test_a_recipe_of_kto_is_planned_with_responses_one_by_one(capsys):
 
 def test_methods_have_a_reference_without_a_config_where_their_default_configs_need_one():
     configs = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
-    configs |= {"ppo": PPOConfig, "grpo": GRPOConfig}
+    configs |= {"ppo": PPOConfig, "safe-ppo": SafePPOConfig, "grpo": GRPOConfig}
     assert configs.keys() == set(METHODS)
     assert {method for method, config in configs.items() if config().needs_reference} == set(REFERENCED)
 
@@ -207,6 +208,10 @@ def test_methods_have_a_reference_without_a_config_where_their_default_configs_n
         ("ppo", ["reward_model_path: runs/a"], 2),
         ("ppo", ["reward_model_path: [runs/a, runs/b, runs/c]"], 4),
         ("ppo", ["reward_funcs: [answer]"], 1),
+        ("safe-ppo", ["reward_model_path: runs/a"], 3),
+        ("safe-ppo", ["reward_model_path: runs/a", "cost_model_path: [runs/b, runs/c]"], 4),
+        ("safe-ppo", ["reward_funcs: [answer]", "cost_funcs: [length]"], 1),
+        ("grpo", ["cost_model_path: runs/a"], 1),
     ],
 )
 @pytest.mark.parametrize("full", ["true", "false"])

@@ -235,3 +235,42 @@ def test_bad_rows_can_be_dropped_and_are_counted():
 def test_rows_of_a_reduced_data_set_keep_their_names():
     records = normalise([{"text": ""}, {"text": "a"}], "sft", bad_rows="drop")
     assert records.where(0) == "the data, row 2"
+
+
+# ---- helpfulness and harmlessness apart
+
+TWO = {"prompt": "p", "responses": ["a", "b"], "better": 1, "safer": 0, "safe": [True, False], "id": 7}
+PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
+PKU |= {"is_response_0_safe": True, "is_response_1_safe": False, "id": 7}
+
+
+@pytest.mark.parametrize("row", [TWO, PKU], ids=["ours", "PKU-SafeRLHF"])
+def test_one_row_with_two_labels_is_a_preference_and_a_comparison_of_harm(row):
+    assert normalise([row], "preferences")[0] == {"prompt": "p", "responses": ["b", "a"], "id": 7}
+    assert normalise([row], "harm")[0] == {"prompt": "p", "responses": ["a", "b"], "safe": [True, False], "id": 7}
+
+
+def test_safety_follows_the_responses_of_pairs_and_rankings_in_files_of_their_own():
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "safe": ["true", 0]}
+    assert normalise([pair], "harm")[0] == {"prompt": "p", "responses": ["a", "b"], "safe": [True, False]}
+    ranked = {"prompt": "p", "responses": ["a", "b", "c"], "ranking": [3, 1, 2], "safe": [False, True, False]}
+    want = {"prompt": "p", "responses": ["b", "c", "a"], "safe": [True, False, False]}
+    assert normalise([ranked], "harm")[0] == want
+    unlabelled = {"prompt": "p", "chosen": "a", "rejected": "b", "safe": None}
+    assert normalise([unlabelled], "harm")[0] == {"prompt": "p", "responses": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"safer": 2}, "`safer` must be 0 or 1, the index of a response, got 2"),
+        ({"safe": [True]}, "`safe` must say true or false of each of 2 responses"),
+        ({"safe": ["maybe", True]}, "`safe` must be true or false, got str 'maybe'"),
+        ({"responses": ["a"]}, "`responses` must be a list of two"),
+        ({"responses": ["a", "a"]}, "the two responses are identical"),
+    ],
+    ids=str,
+)
+def test_a_bad_label_of_harm_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        normalise([{**TWO, **change}], "harm")

@@ -17,7 +17,15 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rollout import ServerEngine
 from rlhf_fast.run.metrics import read_metrics
 
-KINDS = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "ppo": "PPO"}
+KINDS = {
+    "sft": "SFT",
+    "reward": "Reward",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "grpo": "GRPO",
+    "ppo": "PPO",
+    "safe-ppo": "SafePPO",
+}
 
 
 def vowels(completions, **_):
@@ -40,7 +48,7 @@ def train(kind: str, model: str, rows: list[dict], settings: dict, last_holds: i
     ``last_holds`` is how many tokens the last process has memory for.
     """
     trainer_class, config_class = (getattr(rlhf_fast, KINDS[kind] + part) for part in ("Trainer", "Config"))
-    given = {"reward_funcs": vowels} if kind in ("grpo", "ppo") else {}
+    given = {"reward_funcs": vowels} if kind in ("grpo", "ppo", "safe-ppo") else {}
     trainer = trainer_class(model, args=config_class(**settings), train_dataset=rows, eval_dataset=rows[:1], **given)
     if last_holds is not None and trainer.ranks.index == len(trainer.ranks) - 1:
         hold(trainer, last_holds)

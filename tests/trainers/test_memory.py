@@ -20,6 +20,8 @@ from rlhf_fast import (
     PPOTrainer,
     RewardConfig,
     RewardTrainer,
+    SafePPOConfig,
+    SafePPOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -49,17 +51,18 @@ def make(make_model, tokenizer, settings, scripted):
         "reward": (RewardTrainer, RewardConfig, PAIRS, {}),
         "dpo": (DPOTrainer, DPOConfig, PAIRS, {}),
         "ppo": (PPOTrainer, PPOConfig, PROMPTS, {"entropy_coef": 0.01}),
+        "safe-ppo": (SafePPOTrainer, SafePPOConfig, PROMPTS, {"cost_funcs": [letters]}),
         "grpo": (GRPOTrainer, GRPOConfig, PROMPTS, {"num_generations": 4, "num_iterations": 2, "beta": 0.1}),
     }
 
     def build(method, model=None, rows=None, engine=None, **more):
         trainer, config, default_rows, own = table[method]
         options = {"per_device_train_batch_size": 4, **own, **more}
-        if method in ("ppo", "grpo"):
+        if method in ("ppo", "safe-ppo", "grpo"):
             options.setdefault("max_completion_length", 16)
         args = config(**settings(**options))
         given = {"train_dataset": rows or default_rows, "processing_class": tokenizer}
-        if method in ("ppo", "grpo"):
+        if method in ("ppo", "safe-ppo", "grpo"):
             given |= {"reward_funcs": letters, "engine": engine or scripted(responses)}
         return trainer(model or make_model(), args=args, **given)
 
@@ -115,6 +118,7 @@ RUNS = {
     "reward lora": ("reward", {"use_peft": True}),
     "grpo lora": ("grpo", {"use_peft": True}),
     "ppo lora": ("ppo", {"use_peft": True}),
+    "safe ppo lora": ("safe-ppo", {"use_peft": True}),
 }
 
 
@@ -170,7 +174,7 @@ def check_peak(method, model, make, scripted=None, tokens=250, **more) -> Plan:
     sft = [{"prompt": c, "completion": "!" * (tokens - 2)} for c in "abcdefgh"]
     rows = {"sft": sft, "dpo": pairs, "reward": pairs}.get(method, prompts)
     more = {"gradient_checkpointing": True, "max_steps": 2, "logging_steps": 9, "lora_r": 8, **more}
-    if method in ("grpo", "ppo"):
+    if method in ("grpo", "ppo", "safe-ppo"):
         script = {p["prompt"]: ["x" * 191 + "!", "y" * 190 + "z!"] for p in prompts}
         more |= {"engine": scripted(script), "max_completion_length": 192}
     size = 4 if method in ("dpo", "reward") else 8

@@ -55,7 +55,8 @@ def cases(folder: Path, model: Path, processes: int, servers: list[str]) -> dict
         "grpo whitened": (
             "grpo",
             PROMPTS,
-            {**grpo, "scale_rewards": "whiten", "dynamic_sampling_rounds": 2, "kl_coef": 0.1},
+            {**grpo, "scale_rewards": "whiten", "dynamic_sampling_rounds": 2, "kl_coef": 0.1}
+            | {"cost_funcs": [{"name": "length", "max": 3}], "cost_limit": -1.0, "lambda_lr": 1.0},
         ),
         "grpo batch": ("grpo", PROMPTS, {**grpo, "scale_rewards": "batch", "loss_type": "grpo"}),
         # one process samples by itself, two from a server
@@ -67,6 +68,11 @@ def cases(folder: Path, model: Path, processes: int, servers: list[str]) -> dict
         # 9 rows: a last window with fewer rows than processes
         "sft one row": ("sft", EXAMPLES[:9], sft),
         "ppo full": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "normalize_rewards": True}),
+        "safe ppo": (
+            "safe-ppo",
+            [{"prompt": r["prompt"]} for r in EXAMPLES],
+            {**ppo, "cost_funcs": [{"name": "length", "max": 3}], "lambda_lr": 1.0},
+        ),
         "ppo lora": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "use_peft": True}),
     }
     short = {"micro_batch_tokens": 60, "memory_check": True, "num_train_epochs": 2, "learning_rate": 1e-2}

@@ -18,6 +18,8 @@ from rlhf_fast import (
     PPOTrainer,
     RewardConfig,
     RewardTrainer,
+    SafePPOConfig,
+    SafePPOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -30,6 +32,10 @@ WORDS = ["a", "hello", "to be", "x+y=z", "no", "seventeen", "q"]
 
 def vowels(completions, **_):
     return [sum(c.count(v) for v in "aeiou") / 4 for c in completions]
+
+
+def length(completions, **_):
+    return [float(len(c)) for c in completions]
 
 
 def rows(kind):
@@ -54,13 +60,20 @@ KINDS = {
         GRPOTrainer,
         GRPOConfig,
         {"num_generations": 4, "num_iterations": 2, "max_completion_length": 5, "dynamic_sampling_rounds": 2}
-        | {"kl_coef": 0.1, "scale_rewards": "whiten", "soft_overlong_cache": 2},
+        | {"kl_coef": 0.1, "scale_rewards": "whiten", "soft_overlong_cache": 2}
+        | {"cost_funcs": [length], "cost_limit": 3.0},
     ),
     "ppo": (
         PPOTrainer,
         PPOConfig,
         {"num_ppo_epochs": 2, "num_mini_batches": 2, "max_completion_length": 5, "kl_target": 0.1, "kl_horizon": 20}
         | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "normalize_rewards": True},
+    ),
+    "safe ppo": (
+        SafePPOTrainer,
+        SafePPOConfig,
+        {"num_ppo_epochs": 2, "num_mini_batches": 2, "max_completion_length": 5, "per_device_train_batch_size": 2}
+        | {"gradient_accumulation_steps": 2, "cost_funcs": [length], "cost_limit": 3.0},
     ),
 }
 
@@ -74,7 +87,7 @@ def trainer(make_model, tokenizer, settings, tmp_path):
         common = {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "logging_steps": 2, "save_total_limit": 9}
         # dropout, so that supervised fine-tuning draws random numbers too
         peft = lora_config(r=4, alpha=8, dropout=0.1) if lora else None
-        given = {"reward_funcs": vowels} if kind in (GRPOTrainer, PPOTrainer) else {}
+        given = {"reward_funcs": vowels} if kind in (GRPOTrainer, PPOTrainer, SafePPOTrainer) else {}
         args = config(**settings(**{**common, **options, "load_in_4bit": lora == "nf4", **more}))
         dataset = {"train_dataset": rows(kind), "processing_class": tokenizer, "peft_config": peft}
         model = make_model()

@@ -28,6 +28,7 @@ from rlhf_fast import (
     PPOTrainer,
     RewardConfig,
     RewardTrainer,
+    SafePPOConfig,
     SFTConfig,
     SFTTrainer,
 )
@@ -72,7 +73,7 @@ def test_no_setting_is_left_untested():
         for path in [*here.glob("test_*.py"), here.parent / "test_end_to_end.py"]
         for w in re.findall(r"\w+", path.read_text())
     }
-    for config in (SFTConfig, RewardConfig, DPOConfig, KTOConfig, GRPOConfig, PPOConfig):
+    for config in (SFTConfig, RewardConfig, DPOConfig, KTOConfig, GRPOConfig, PPOConfig, SafePPOConfig):
         assert {f.name for f in dataclasses.fields(config)} <= words, config.__name__
 
 
@@ -329,7 +330,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_every_trainer_is_at_the_top_of_the_package():
-    for name in ("SFT", "Reward", "DPO", "KTO", "PPO", "GRPO"):
+    for name in ("SFT", "Reward", "DPO", "KTO", "PPO", "SafePPO", "GRPO"):
         assert getattr(rlhf_fast, f"{name}Trainer").config_class is getattr(rlhf_fast, f"{name}Config")
     with pytest.raises(AttributeError, match="no attribute 'XPOTrainer'"):
         _ = rlhf_fast.XPOTrainer

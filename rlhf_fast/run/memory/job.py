@@ -9,8 +9,15 @@ from typing import NamedTuple
 
 from .shapes import Linear, Shape
 
-METHODS = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
-REFERENCED = ("dpo", "kto", "ppo")  # compare with a reference by default; a config says so itself: ``needs_reference``
+METHODS = ("sft", "reward", "dpo", "kto", "ppo", "safe-ppo", "grpo")
+SAMPLING_METHODS = ("ppo", "safe-ppo", "grpo")
+CRITICS = {"ppo": ("critic",), "safe-ppo": ("critic", "cost critic")}  # models that are trained beside the policy
+REFERENCED = (
+    "dpo",
+    "kto",
+    "ppo",
+    "safe-ppo",
+)  # compare with a reference by default; a config says so itself: ``needs_reference``
 GB = 10**9
 WHENS = ("always", "gradients", "inputs", "update", "head", "layer", "prefill", "decode", "vllm", "outside", "host")
 
@@ -37,6 +44,7 @@ class Job:
     rollout_batch_size: int = 128  # sequences sampled at a time
     num_generations: int = 8  # of which so many share a prompt, in GRPO
     reward_models: int = 1  # frozen, that score in PPO
+    cost_models: int | None = None  # frozen, that score harm; None: one in safe PPO
     reference: bool = (
         False  # the reference has weights of its own: in full fine-tuning, or where a trained adapter goes on
     )
@@ -48,7 +56,18 @@ class Job:
 
     @property
     def samples(self) -> bool:
-        return self.method in ("ppo", "grpo")
+        return self.method in SAMPLING_METHODS
+
+    @property
+    def critics(self) -> tuple[str, ...]:
+        """What is trained beside the policy."""
+        return CRITICS.get(self.method, ())
+
+    @property
+    def frozen(self) -> int:
+        """Models of the run that only score or compare."""
+        costs = int(self.method == "safe-ppo") if self.cost_models is None else self.cost_models
+        return int(self.reference) + (self.reward_models if self.critics else 0) + costs
 
     @property
     def writes(self) -> bool:
@@ -68,7 +87,7 @@ class Job:
     @property
     def one_micro_batch(self) -> bool:
         """Each window is one micro-batch, and its gradients start from nothing."""
-        return self.method != "ppo" and self.tokens >= (self.window_tokens or math.inf)
+        return not self.critics and self.tokens >= (self.window_tokens or math.inf)
 
     @functools.cached_property
     def adapted(self) -> list[Linear]:

@@ -23,12 +23,12 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": _8BIT, "paged_adamw_8bit": _8BIT}
 def resident(job: Job) -> list[Part]:
     """Weights, gradients and optimizer state: there from the first step to the last."""
     shape, counts = job.shape, job.shape.parameters()
-    frozen = int(job.reference) + (job.reward_models if job.method == "ppo" else 0)
+    frozen, critics = job.frozen, job.critics
     if job.full:
         trained = sum(counts.values())
         parts = [Part("weights, float32", 4 * trained, "always"), *_trained(job, trained, "all weights")]
-        if job.method == "ppo":
-            parts += [Part("critic, a second model", 4 * trained, "always"), *_trained(job, trained, "the critic")]
+        for name, place in zip(critics, ("second", "third")):
+            parts += [Part(f"{name}, a {place} model", 4 * trained, "always"), *_trained(job, trained, f"the {name}")]
         if frozen:
             parts.append(Part(f"frozen models ({frozen})", 4 * frozen * trained, "always"))
     else:
@@ -42,13 +42,13 @@ def resident(job: Job) -> list[Part]:
             parts.append(Part("head", wide * counts["head"], "always"))
         parts.append(Part("norms and biases", wide * counts["rest"], "always"))
         adapter = shape.adapter_parameters(job.lora_r, job.lora_targets)
-        trained = adapter * (2 if job.method == "ppo" else 1)
-        names = "both adapters" if job.method == "ppo" else "adapter"
+        trained = adapter * (1 + len(critics))
+        names = ("adapter", "both adapters", "all three adapters")[len(critics)]
         parts += [Part(f"{names}, float32", 4 * trained, "always"), *_trained(job, trained, names)]
         if frozen:
             parts.append(Part(f"frozen adapters ({frozen})", 4 * frozen * adapter, "always"))
-    if job.method in ("ppo", "reward"):
-        parts.append(Part("scalar heads", (2 if job.method == "ppo" else 1) * 16 * (shape.hidden + 1), "always"))
+    if heads := 2 * len(critics) or int(job.method == "reward"):
+        parts.append(Part("scalar heads", heads * 16 * (shape.hidden + 1), "always"))
     return parts
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.config import read_yaml
 
+from .job import CRITICS, SAMPLING_METHODS
+
 SETTINGS, ABOUT, ADAPTER = "config.yaml", "rlhf_fast.json", "adapter_config.json"  # of a run folder
 
 
@@ -61,7 +63,7 @@ def of_settings(method: str, config: Any, length_given: bool = False) -> dict[st
         "offload": c.offload_activations,
         "micro_batch_tokens": c.micro_batch_tokens,
     }
-    if method in ("ppo", "grpo"):
+    if method in SAMPLING_METHODS:
         known |= _sampling(method, c, length_given)
     else:
         known["length"] = c.max_length
@@ -82,9 +84,11 @@ def _sampling(method: str, config: Any, length_given: bool) -> dict[str, Any]:
         "vllm_share": c.vllm_share,
         "vllm_sleeps": c.vllm_enable_sleep_mode,
     }
-    if method == "grpo":
+    if hasattr(c, "cost_models"):
+        known["cost_models"] = len(c.cost_models) or int(method == "safe-ppo" and not c.cost_funcs)
+    if method not in CRITICS:
         return known | {"num_generations": c.num_generations}
-    # recipes leave both to the command line, where a reward model is the usual one
+    # recipes leave models and functions to the command line, where a reward model is the usual one
     return known | {"reward_models": len(c.reward_models) or int(not c.reward_funcs)}
 
 
