@@ -98,7 +98,14 @@ if __name__ == "__main__":
         packages=find_packages(include=["rlhf_fast", "rlhf_fast.*"])
         + [f"rlhf_fast.kernels.{name}" for name in families],
         package_dir={f"rlhf_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in families},
-        package_data={"rlhf_fast": ["recipes/*.yaml", "rewards/rubrics/*.txt"]},
+        package_data={
+            "rlhf_fast": [
+                "recipes/*.yaml",
+                "rewards/rubrics/*.txt",
+                "feedback/constitutions/*.yaml",
+                "rewards/suites/*.jsonl",
+            ]
+        },
         ext_modules=[Extension("rlhf_fast._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
         zip_safe=False,

@@ -54,6 +54,7 @@ COMMANDS = {
     ),
     "grpo": Command("train", "reinforcement learning with groups of responses, no critic", "trainers.grpo:GRPO", _TRY),
     "judge": Command("label", "an AI judge's preferences over responses: pairs or rankings", "commands.judge:main"),
+    "constitution": Command("label", "responses criticised and rewritten by principles", "commands.constitution:main"),
     "generate": Command("use", "responses of a model to prompts", "commands.generate:main"),
     "evaluate": Command("use", "rewards of a model on held-out prompts", "commands.evaluate:main"),
     "serve": Command("use", "a model and its adapters over HTTP, as OpenAI and vLLM have it", "commands.serve:main"),
@@ -209,6 +210,6 @@ def _help() -> str:
     lines = ["rlhf-fast: from preferences to policy on one GPU", "", "usage: rlhf-fast COMMAND [options]"]
     for group, title in GROUPS.items():
         lines += ["", f"{title}:"]
-        lines += [f"  {name:<12}{c.description}" for name, c in COMMANDS.items() if c.group == group]
+        lines += [f"  {name:<14}{c.description}" for name, c in COMMANDS.items() if c.group == group]
     lines += ["", "`rlhf-fast COMMAND --help` explains a command's options; `rlhf-fast --version` prints the version."]
     return "\n".join(lines)

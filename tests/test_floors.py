@@ -27,7 +27,7 @@ FLOORS = {
     "rewards": (("rollout", "models", "data", "kernels", "errors"), ("transformers", "numpy", "math_verify", "httpx2")),
     "feedback": (
         ("rewards", "rollout", "models", "data", "errors"),
-        ("transformers", "starlette", "uvicorn", "rich", "numpy", "yaml"),
+        ("transformers", "starlette", "uvicorn", "rich", "numpy"),
     ),
     "trainers": (
         ("feedback", "rewards", "rollout", "models", "run", "data", "losses", "kernels", "errors"),

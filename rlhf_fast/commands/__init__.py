@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rlhf_fast.errors import UserError
 
@@ -28,3 +29,14 @@ class Parser(argparse.ArgumentParser):
         near = get_close_matches(unknown[1], known, n=1) if unknown else []
         hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
         raise UserError(f"{self.prog}: {message}; {hint}")
+
+
+def json_mapping(text: str) -> dict[str, Any]:
+    """An option's value that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is not valid JSON ({error.msg} at character {error.pos})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"should be a JSON object, got {text}")
+    return value

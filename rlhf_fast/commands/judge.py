@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_fast.commands import Parser
+from rlhf_fast.commands import Parser, json_mapping
 from rlhf_fast.commands.generate import add_model_options, load_policy, progress_bar
 from rlhf_fast.errors import UserError
 
@@ -90,7 +90,7 @@ def add_chat_options(parser: argparse.ArgumentParser, whom: str, max_new_tokens:
     parser.add_argument("--deadline", type=float, default=600.0, help=f"seconds for all tries of a call {from_url}")
     parser.add_argument(
         "--extra",
-        type=_mapping,
+        type=json_mapping,
         metavar="JSON",
         help=f"more fields of the request body; null leaves one out {from_url}",
     )
@@ -155,13 +155,3 @@ def report(output: Path, title: str, figures: Mapping[str, float], notes: Sequen
 async def _with_bar(work: Any, total: int, what: str) -> Any:
     with progress_bar(total, what) as bar:
         return await work(lambda count: bar.update(bar.task_ids[0], completed=count))
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"is not valid JSON ({error.msg} at character {error.pos})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"should be a JSON object, got {text}")
-    return value

@@ -145,11 +145,8 @@ def _figures(panel: Panel, candidates: Sequence[Candidates], standings: Sequence
         "pairs/tied": signs.count(0),
         "pairs/tied because the orders disagree": sum(s.disagreed for s in standings),
         "pairs/without a verdict": signs.count(None),
-        "calls/answered now": panel.chat.asked,
-        "calls/failed": sum(panel.faults.values()),
         "replies without a verdict": panel.unread,
-        "tokens/read": panel.chat.tokens[0],
-        "tokens/written": panel.chat.tokens[1],
+        **panel.chat.figures(),
     }
     if first + last:
         figures["first shown preferred"] = first / (first + last)

@@ -114,6 +114,11 @@ class Chat:
         """All that the reply to a conversation depends on."""
         return {"model": self.identity, "messages": [dict(m) for m in conversation], **asdict(self.wording)}
 
+    def figures(self) -> dict[str, float]:
+        """What was asked since the start."""
+        tokens = {"tokens/read": self.tokens[0], "tokens/written": self.tokens[1]}
+        return {"calls/answered now": self.asked, "calls/failed": self.failed, **tokens}
+
     async def _ask(self, pending: Mapping[str, Conversation], settle: Callable[[str, Reply | Fault], None]) -> None:
         """Call ``settle`` once for every pending conversation, as soon as its outcome is known."""
         raise NotImplementedError

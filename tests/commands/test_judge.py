@@ -80,6 +80,24 @@ def test_a_kill_in_the_middle_never_repeats_a_call_that_was_answered(data, tmp_p
     assert len(read(out)) == 8
 
 
+def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """Those that ask an AI, on a scripted server in OpenAI's place."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("### Labels from an AI") : text.index("## The kernels as a library")]
+    commands = re.findall(r"^rlhf-fast ((?:judge|constitution) .*?)(?: +#.*)?$", section, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["judge", "constitution"]
+    rows = [{"prompt": "p", "completion": "x" * n} for n in range(1, 5)]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_prompts.jsonl").write_text('{"prompt": "p"}\n')
+    monkeypatch.chdir(tmp_path)
+    with ScriptedServer(lambda m: longer(m) if "<response A>" in m[0]["content"] else f"{len(m)}") as server:
+        for command in commands:
+            assert main(command.replace("https://api.openai.com/v1", server.url).split()) == 0
+    assert [len(r) for r in read(tmp_path / "rankings.jsonl")[0]["responses"]] == [4, 3, 2, 1]
+    assert read(tmp_path / "constitution" / "pairs.jsonl")[0]["rejected"] == "1"
+    assert (tmp_path / "constitution" / "sft.jsonl").is_file()
+
+
 def test_a_tiny_local_model_runs_end_to_end(data, tmp_path, capsys):
     """It has learned nothing: no verdict, so no label; the replies are kept all the same."""
     model = new_model("nano", data, tmp_path / "model", vocab_size=300, quiet=True, max_position_embeddings=4096)
