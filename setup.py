@@ -104,6 +104,7 @@ if __name__ == "__main__":
                 "rewards/rubrics/*.txt",
                 "feedback/constitutions/*.yaml",
                 "rewards/suites/*.jsonl",
+                "feedback/people/page/*",
             ]
         },
         ext_modules=[Extension("rlhf_fast._C", sources=[])],

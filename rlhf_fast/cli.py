@@ -53,6 +53,7 @@ COMMANDS = {
         "train", "PPO within a limit of harm: a reward and a cost model (Safe RLHF)", "trainers.safe_ppo:SafePPO", _TRY
     ),
     "grpo": Command("train", "reinforcement learning with groups of responses, no critic", "trainers.grpo:GRPO", _TRY),
+    "label": Command("label", "people's preferences over responses, on a page in the browser", "commands.label:main"),
     "judge": Command("label", "an AI judge's preferences over responses: pairs or rankings", "commands.judge:main"),
     "constitution": Command("label", "responses criticised and rewritten by principles", "commands.constitution:main"),
     "generate": Command("use", "responses of a model to prompts", "commands.generate:main"),

@@ -45,7 +45,7 @@ RESERVED = {
     "flash_attn": ("models/attention.py",),
     "httpx2": ("rollout/server.py", "rewards/chat.py"),
     "vllm": ("rollout/colocate.py",),
-    "starlette": ("serving/app.py", "commands/serve.py"),
+    "starlette": ("serving/app.py", "people/app.py", "commands/serve.py"),
     "uvicorn": ("commands/serve.py",),
     "trl": ("integrations/trl.py",),
     "verl": ("integrations/verl.py",),

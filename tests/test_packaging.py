@@ -117,7 +117,7 @@ def test_the_wheel_holds_every_family_and_recipe_and_no_package_called_kernels(w
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"rlhf_fast"}
     sources = [path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")]
     assert FAMILIES and {f"rlhf_fast/{path.as_posix()}" for path in sources} <= set(names)
-    kinds = (".py", ".yaml", ".txt", ".jsonl")
+    kinds = (".py", ".yaml", ".txt", ".jsonl", ".html", ".css", ".js", ".svg")
     sources = [path.relative_to(ROOT) for path in (ROOT / "rlhf_fast").rglob("*") if path.suffix in kinds]
     assert {path.as_posix() for path in sources} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h"))]
@@ -136,7 +136,7 @@ def test_the_wheel_says_what_it_is(wheel):
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     # optional packages must stay optional: a test machine cannot build flash-attn
     assert not [line for line in needed if line.startswith(("bitsandbytes", "flash-attn", "liger", "trl"))]
-    extras = {"test", "dev", "math", "qlora", "serve", "flash-attn", "peers", "tensorboard", "wandb"}
+    extras = {"test", "dev", "browser", "math", "qlora", "serve", "flash-attn", "peers", "tensorboard", "wandb"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
     policy = load_policy(args)
     if args.prompts and args.output:
-        return _file_to_file(policy, args)
+        return file_to_file(policy, args)
     if args.prompts:
         groups: Iterator[list[Prompt]] = _blocks(_prompts(policy, args.prompts, args), args)
     else:
@@ -162,8 +162,13 @@ def progress_bar(total: int, what: str) -> Any:
     return progress
 
 
-def _file_to_file(policy: Policy, args: argparse.Namespace) -> int:
-    """Append the responses to the output block by block, so that little is lost when the run is stopped."""
+def file_to_file(
+    policy: Policy, args: argparse.Namespace, heard: Callable[[list[dict[str, Any]]], None] | None = None
+) -> int:
+    """Append the responses to the output block by block, so that little is lost when the run is stopped.
+
+    ``heard`` is told the rows that the output holds already, then those of each block once they are there.
+    """
     from rlhf_fast.commands.responses import about_run, begin_or_resume
 
     prompts = _prompts(policy, args.prompts, args)
@@ -172,6 +177,8 @@ def _file_to_file(policy: Policy, args: argparse.Namespace) -> int:
     done = begin_or_resume(output, prompts, args.n, about_run(policy, prompts, sampling), args.restart)
     if done:
         print(f"{output} already holds the responses to {done} of {len(prompts)} prompts: going on", file=sys.stderr)
+    if done and heard is not None:
+        heard([json.loads(line) for line in output.read_text(encoding="utf-8").split("\n") if line])
     bar = progress_bar(len(prompts) * args.n, "responses")
     task, written = bar.task_ids[0], done * args.n
     # the engine counts from 0 in every block
@@ -183,6 +190,8 @@ def _file_to_file(policy: Policy, args: argparse.Namespace) -> int:
             file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             file.flush()
             written += len(rows)
+            if heard is not None:
+                heard(rows)
     print(f"{written} responses in {output}", file=sys.stderr)
     return 0
 

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     calls = calls_file(output, args.data)
 
     from rlhf_fast.data import load_records
-    from rlhf_fast.feedback.judge import label, read_candidates
+    from rlhf_fast.feedback.candidates import read_candidates
+    from rlhf_fast.feedback.judge import label
     from rlhf_fast.rewards.judge import Panel
     from rlhf_fast.rewards.judging import Rubric
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add_model_options(parser)
     args = parser.parse_args(argv)
-    uvicorn = _uvicorn()
+    uvicorn = import_uvicorn()
     from rlhf_fast.rollout.serving.app import build_app
     from rlhf_fast.rollout.serving.guard import is_loopback
 
@@ -55,15 +55,13 @@ def main(argv: Sequence[str]) -> int:
             "--api_key), or leave --host at 127.0.0.1"
         )
     service, said = _service(args)
-    listener = _listen(args.host, args.port)
+    listener = listen(args.host, args.port)
     config = uvicorn.Config(
         build_app(service, api_key), log_level="warning", lifespan="on", timeout_graceful_shutdown=int(GRACE) + 5
     )
-    host, port = listener.getsockname()[:2]
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     sys.stderr.write(said)
-    print(f"serving {', '.join(service.models.roles)} at http://{where}/v1 (Ctrl-C stops)", flush=True)
-    with _signals_end_quietly():
+    print(f"serving {', '.join(service.models.roles)} at {address(listener)}/v1 (Ctrl-C stops)", flush=True)
+    with signals_end_quietly():
         _server(uvicorn, config, service).run(sockets=[listener])
     return 0
 
@@ -79,7 +77,7 @@ def _server(uvicorn: Any, config: Any, service: Service) -> Any:
     return Server(config)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, command: str = "serve") -> socket.socket:
     """A socket that listens there.
 
     Raises:
@@ -90,16 +88,27 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"serve: cannot listen on {host} port {port} ({error}); choose another --host or --port"
+            f"{command}: cannot listen on {host} port {port} ({error}); choose another --host or --port"
         ) from error
 
 
-def _uvicorn() -> Any:
+def address(listener: socket.socket) -> str:
+    """What to type into a browser to get there."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def import_uvicorn(command: str = "serve") -> Any:
+    """uvicorn, with starlette there too.
+
+    Raises:
+        UserError: they are not installed.
+    """
     try:
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise UserError(f"serve needs starlette and uvicorn: pip install 'rlhf-fast[serve]' ({error})") from error
+        raise UserError(f"{command} needs starlette and uvicorn: pip install 'rlhf-fast[serve]' ({error})") from error
     return uvicorn
 
 
@@ -139,7 +148,7 @@ def _service(args: Any) -> tuple[Service, str]:
 
 
 @contextlib.contextmanager
-def _signals_end_quietly() -> Iterator[None]:
+def signals_end_quietly() -> Iterator[None]:
     """uvicorn raises the signal that ended it once more when all is shut down; by then there is nothing left to end."""
     kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

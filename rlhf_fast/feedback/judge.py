@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_fast.data import normalise
-from rlhf_fast.data.sources import Records
-from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.agreement import cohen_kappa
-from rlhf_fast.rewards.judge import Item, Panel
+from rlhf_fast.feedback.candidates import Candidates
+from rlhf_fast.rewards.judge import Panel
 from rlhf_fast.rewards.judging import Standing
-from rlhf_fast.rewards.ledger import key_of
 
 FORMATS = ("pairs", "ranked")
-
-
-@dataclass
-class Candidates(Item):
-    """Responses to compare, in an order that says nothing about them."""
-
-    ranks: Sequence[int] | None = None  # what people said, 0 = best; None: nothing
 
 
 @dataclass
@@ -32,67 +21,6 @@ class Labels:
     rows: list[dict[str, Any]]  # in the format asked for
     figures: dict[str, float]
     notes: list[str]  # what went wrong, in words
-
-
-def read_candidates(records: Records) -> tuple[list[Candidates], int]:
-    """Two or more different responses to each prompt, and how many prompts have fewer and are left out.
-
-    Rows are preferences (``chosen`` and ``rejected``, or ``responses`` and ``ranking``), which say what people thought, or
-    ``prompt`` with ``responses``, or ``prompt`` with ``completion`` in several rows, as ``rlhf-fast generate --n 4`` writes.
-
-    Raises:
-        UserError: other columns, or a malformed row.
-    """
-    columns = set(records[0])
-    if {"prompt", "responses"} <= columns and "ranking" not in columns:
-        groups = [_listed(records, i, row) for i, row in enumerate(records)]
-    elif {"prompt", "completion"} <= columns:
-        groups = list(_gathered(normalise(records, "sft")))
-    else:
-        groups = [
-            Candidates(row.pop("prompt"), responses, row, range(len(responses)))
-            for row in normalise(records, "preferences")
-            if (responses := row.pop("responses"))
-        ]
-    candidates = [shuffled for group in groups if (shuffled := _shuffled(group)) is not None]
-    if not candidates:
-        raise UserError(f"{records.source}: no prompt has two different responses, so there is nothing to compare")
-    return candidates, len(groups) - len(candidates)
-
-
-def _listed(records: Records, i: int, row: dict[str, Any]) -> Candidates:
-    responses = row["responses"]
-    if not isinstance(responses, list) or not responses:
-        raise UserError(f"{records.where(i)}: `responses` must be a list of responses, got {str(responses)[:40]!r}")
-    # the checks of one response each, and its form after a conversation
-    checked = [
-        normalise(Records([{"prompt": row["prompt"], "completion": r}], records.where(i), ["`responses`"]), "sft")[0]
-        for r in responses
-    ]
-    rest = {k: v for k, v in row.items() if k not in ("prompt", "responses")}
-    return Candidates(checked[0]["prompt"], [c["completion"] for c in checked], rest)
-
-
-def _gathered(rows: Sequence[dict[str, Any]]) -> Iterator[Candidates]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(repr(row["prompt"]), []).append(row)
-    for group in groups.values():
-        own = ("prompt", "completion", "finish_reason", "tokens")
-        rest = {k: v for k, v in group[0].items() if k not in own and all(row.get(k) == v for row in group)}
-        yield Candidates(group[0]["prompt"], [row["completion"] for row in group], rest)
-
-
-def _shuffled(group: Candidates) -> Candidates | None:
-    """Without doubles, and in an order drawn from what the responses say: the place of one must not tell its label."""
-    different = {repr(response): i for i, response in reversed(list(enumerate(group.responses)))}
-    if len(different) < 2:
-        return None
-    order = [different[text] for text in sorted(different)]
-    random.Random(key_of([group.prompt, sorted(different)])).shuffle(order)
-    ranks = None if group.ranks is None else [group.ranks[i] for i in order]
-    columns = {k: v for k, v in group.columns.items() if k != "margin"}  # people's, about the other label
-    return Candidates(group.prompt, [group.responses[i] for i in order], columns, ranks)
 
 
 async def label(

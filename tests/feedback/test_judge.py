@@ -10,7 +10,8 @@ import pytest
 from bench.scripted import ScriptedServer
 from rlhf_fast.data import load_records, normalise
 from rlhf_fast.errors import UserError
-from rlhf_fast.feedback.judge import label, read_candidates
+from rlhf_fast.feedback.candidates import read_candidates
+from rlhf_fast.feedback.judge import label
 from rlhf_fast.rewards.chat import connect
 from rlhf_fast.rewards.judge import Panel
 from rlhf_fast.rewards.judging import Rubric

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -34,10 +34,13 @@ class Guard:
         app: what it guards.
         api_key: wanted as ``Authorization: Bearer KEY``; None wants none, and then Host must be loopback.
         max_body: bytes of a request's body.
+        hosts: names that Host may be besides loopback where no key is wanted.
     """
 
-    def __init__(self, app: App, api_key: str | None = None, max_body: int = 32 << 20) -> None:
-        self.app, self.api_key, self.max_body = app, api_key, max_body
+    def __init__(
+        self, app: App, api_key: str | None = None, max_body: int = 32 << 20, hosts: Collection[str] = ()
+    ) -> None:
+        self.app, self.api_key, self.max_body, self.hosts = app, api_key, max_body, hosts
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
@@ -52,7 +55,8 @@ class Guard:
 
     def _check(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
-        if self.api_key is None and not is_loopback(_place(f"//{host}").hostname or ""):
+        name = _place(f"//{host}").hostname or ""
+        if self.api_key is None and not is_loopback(name) and name not in self.hosts:
             raise ApiError(403, f"the Host header is {host!r}, and this server answers to localhost only")
         origin = headers.get("origin")
         if origin is not None and _place(origin).netloc != host:
