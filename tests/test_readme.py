@@ -19,7 +19,7 @@ def test_every_variant_of_grpo_in_the_table_is_a_config():
     table = README[README.index("| variant | settings") :].split("\n\n")[0]
     rows = [line.split("|")[2] for line in table.splitlines()[2:]]
     configs = [yaml.safe_load("\n".join(re.findall(r"`([^`]+)`", row))) for row in rows]
-    assert len(configs) == 10
+    assert len(configs) == 12
     for values in configs:
         flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         config = parse_config(GRPOConfig, flags)

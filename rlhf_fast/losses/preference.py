@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from rlhf_fast.kernels import dpo_loss
 from rlhf_fast.kernels.preference import KINDS, SMOOTHED
+from rlhf_fast.kernels.segments import segment_ids, sequence_sum
 
 
 class Coefficients(NamedTuple):
@@ -178,6 +179,22 @@ def _simpo(p: Pairs, c: Coefficients) -> Tensor:
 def _cpo(p: Pairs, c: Coefficients) -> Tensor:
     """CPO (arXiv:2401.08417, eq. 5): DPO against a uniform reference, and the likelihood of the preferred response."""
     return _smoothed(c.beta * (p.chosen - p.rejected), c) + c.cpo_alpha * p.nll
+
+
+def length_discount(mask: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
+    """Weights of the tokens of pairs of responses: ``alpha`` beyond the length of the shorter one (LD-DPO, arXiv:2409.06411).
+
+    Args:
+        mask: True on the response tokens. (N,) bool.
+        cu_seqlens: (2 B + 1,) int32, the two responses of a pair next to each other.
+    Returns:
+        (N,) float32.
+    """
+    counts = sequence_sum(mask.long(), cu_seqlens)
+    of = segment_ids(cu_seqlens, len(mask))
+    place = mask.cumsum(0) - (counts.cumsum(0) - counts)[of]  # in its response, from 1
+    shared = counts.view(-1, 2).amin(1).repeat_interleave(2)[of]
+    return torch.where(place <= shared, 1.0, alpha)
 
 
 class Row(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf_fast.data.batch import Example, TokenBatch, packed_length
 from rlhf_fast.data.packing import fullest, micro_batches_of_bundles
 from rlhf_fast.data.prepare import Report
+from rlhf_fast.kernels import sequence_logprobs
 from rlhf_fast.models import Policy
 
 from .config import TrainerConfig
@@ -125,6 +126,10 @@ class Algorithm:
     def pack(self, examples: list[Example]) -> TokenBatch:
         """``examples`` in one row on the device, as every pass of this run lays them out."""
         return TokenBatch.pack(examples, self.policy.device, shared_prefix=self.args.shared_prefix)
+
+    def response_sums(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        """Log-probabilities (B,) of whole responses, of those of their tokens (N,)."""
+        return sequence_logprobs(logprobs, batch.response_mask, cu_seqlens=batch.cu_seqlens)
 
     # ---- sizes
 

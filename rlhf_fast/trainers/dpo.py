@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.batch import Example, Preference
+from rlhf_fast.data.batch import Example, Preference, TokenBatch
 from rlhf_fast.data.prepare import Report, prepare_preferences
 from rlhf_fast.data.sources import BadRow
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import sequence_logprobs
-from rlhf_fast.losses.preference import PAIRED, Coefficients, Pairs, Row, check
+from rlhf_fast.losses.preference import PAIRED, Coefficients, Pairs, Row, check, length_discount
 
 from .config import TrainerConfig, one_of
 from .reference import precomputed, response_logprobs
@@ -29,6 +28,7 @@ class DPOConfig(TrainerConfig):
     beta: float = 0.1  # how dearly leaving the reference is paid; without one the scale of the margin: simpo wants 2
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # of losses/preference.py; several are summed
     loss_weights: list[float] | None = None  # one per loss_type; None weighs them all 1
+    ld_alpha: float | None = None  # weight of tokens beyond the shorter response's length, 0 to 1 (LD-DPO); none: 1
     label_smoothing: float = 0.0  # assumed share of swapped labels
     f_divergence_type: str = "reverse_kl"  # to the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence
     f_alpha_divergence_coef: float = 0.5  # alpha of alpha_divergence; 1 is the reverse KL
@@ -53,6 +53,12 @@ class DPOConfig(TrainerConfig):
             check(self.loss_type, self.coefficients)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if self.ld_alpha is not None:
+            if not 0 <= self.ld_alpha <= 1:
+                raise UserError(f"ld_alpha is {self.ld_alpha}; it is a weight from 0 to 1, or unset")
+            for kind in self.loss_type:
+                if not self.needs_reference or not (PAIRED[kind].reference or kind == "sft"):
+                    raise UserError(f"ld_alpha weighs the log-ratios to a reference; loss_type {kind} has none")
         if self.precompute_ref_log_probs and not self.needs_reference:
             raise UserError(f"precompute_ref_log_probs: loss_type {', '.join(self.loss_type)} needs no reference")
 
@@ -151,8 +157,12 @@ class DPOTrainer(Trainer):
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         batch = self.pack([e for r in records for e in r.responses])
-        sums = sequence_logprobs(self.model(batch), batch.response_mask, cu_seqlens=batch.cu_seqlens).view(-1, 2)
-        pairs, weights = self._pairs(sums, records, window), sums.new_tensor([r.weight for r in records])
+        logprobs = self.model(batch)
+        sums, plain = (
+            self.response_sums(logprobs, batch).view(-1, 2),
+            super().response_sums(logprobs, batch).view(-1, 2),
+        )
+        pairs, weights = self._pairs(sums, plain, records, window), sums.new_tensor([r.weight for r in records])
         total = sums.new_zeros(())
         for row, weight in self.terms:
             if not row.coupled:
@@ -162,12 +172,17 @@ class DPOTrainer(Trainer):
             total = total + coupling[:, 0].sum() + (coupling[:, 1:] * (sums - sums.detach())).sum()
         yield total / window.records, self._figures(pairs), len(records)
 
-    def _pairs(self, sums: Tensor, records: list[Preference], window: Window) -> Pairs:
+    def response_sums(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        if self.args.ld_alpha is not None:
+            logprobs = logprobs * length_discount(batch.response_mask, batch.cu_seqlens, self.args.ld_alpha)
+        return super().response_sums(logprobs, batch)
+
+    def _pairs(self, sums: Tensor, plain: Tensor, records: list[Preference], window: Window) -> Pairs:
         reference: list[Any] = [None, None]
         if self.args.needs_reference:
             reference = sums.new_tensor([r.ref_logprobs for r in records]).unbind(1)
         tokens = sums.new_tensor([[sum(e.response_mask) for e in r.responses] for r in records]).unbind(1)
-        nll = -sums[:, 0] * window.records / window.chosen_tokens
+        nll = -plain[:, 0] * window.records / window.chosen_tokens
         shift = float(self.rewards[0] / self.rewards[1].clamp(min=1))
         return Pairs(*sums.unbind(1), *reference, *tokens, nll=nll, shift=shift)
 

@@ -1,7 +1,7 @@
 """Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300) and its relatives.
 
 PPO without a critic: sample ``num_generations`` responses to a prompt, score each, and let the group's mean reward be the
-baseline. A variant is one row of ``LOSS_TYPES``.
+baseline. A variant is one row of the table in ``losses/policy.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rlhf_fast.data.batch import Experience, Prompt, packed, shared_runs
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import policy_loss
 from rlhf_fast.kernels.policy import LEVELS
+from rlhf_fast.losses.policy import LOSS_TYPES, Options, check, group_policy_loss
 
 from .config import RLConfig, one_of
 from .groups import ALIKE, BASELINES, SCALES, group_deviations, group_metrics, relative_advantages
@@ -29,17 +29,6 @@ from .rl import RLTrainer
 from .scores import kl_of, punish_overlong
 from .trainer import Window
 
-# loss_type -> (kind of policy_loss, how token losses are aggregated, what their sum is divided by)
-LOSS_TYPES = {
-    "grpo": ("clip", "sequence", "responses"),  # mean over each response, then over responses (arXiv:2402.03300, eq. 3)
-    "dapo": ("clip", "token", "tokens"),  # mean over all tokens of the optimizer step (arXiv:2503.14476, eq. 8)
-    "bnpo": ("clip", "token", "tokens"),  # mean over the tokens of the batch, which here is the whole step
-    "dr_grpo": ("clip", "constant", "limit"),  # sum over a constant: no length bias (arXiv:2503.20783, sec. 3)
-    "luspo": ("clip", "constant", "responses"),  # sum over each response, mean over responses (arXiv:2602.05261)
-    "cispo": ("cispo", "token", "tokens"),  # the clipped ratio weighs log-probabilities (arXiv:2506.13585, eq. 4)
-    "reinforce": ("reinforce", "token", "tokens"),  # no ratio at all
-}
-
 
 @dataclass(kw_only=True)
 class GRPOConfig(CostConfig, RLConfig):
@@ -47,12 +36,19 @@ class GRPOConfig(CostConfig, RLConfig):
     num_generations: int = 8  # responses per prompt; batch sizes count responses
     num_iterations: int = 1  # optimizer steps on each batch of responses
     dynamic_sampling_rounds: int = 0  # so often, groups scored all alike give way to other prompts' (DAPO, sec. 3.2)
-    loss_type: str = "dapo"  # dapo, grpo, dr_grpo, bnpo, luspo, cispo, reinforce
+    loss_type: str = "dapo"  # dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, reinforce
     kl_coef: float = 0.0  # price of KL(policy || reference) in the reward, per nat, as RLOO has it
     beta: float = 0.0  # weight of KL(policy || reference) in the loss; 0 needs no reference
+    use_bias_correction_kl: bool = True  # that KL's gradient is the KL's own, off policy too; false: that of k3
     epsilon: float = 0.2  # the ratio may fall to 1 - epsilon
     epsilon_high: float | None = None  # the ratio may rise to 1 + epsilon_high; None is epsilon
     delta: float | None = None  # upper bound of the ratio for negative advantages; None is no bound
+    sapo_temperature_pos: float = 1.0  # sapo: how soon its gate closes where the advantage is above 0
+    sapo_temperature_neg: float = 1.05  # sapo: how soon elsewhere
+    vespo_k_pos: float = 2.0  # vespo: power of the likelihood ratio where the advantage is at least 0
+    vespo_lambda_pos: float = 3.0  # vespo: decay in the ratio there
+    vespo_k_neg: float = 3.0  # vespo: power where the advantage is below 0
+    vespo_lambda_neg: float = 2.0  # vespo: decay there
     importance_sampling_level: str = "token"  # token, sequence (GSPO, with epsilon 3e-4), sequence_token
     advantage_baseline: str = "mean"  # of the group; leave_one_out is RLOO
     scale_rewards: str = "group"  # over the deviation of group or batch; whiten: of all advantages (REINFORCE++); none
@@ -64,14 +60,16 @@ class GRPOConfig(CostConfig, RLConfig):
         one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
         one_of("advantage_baseline", self.advantage_baseline, BASELINES)
         one_of("scale_rewards", self.scale_rewards, SCALES)
-        kind = LOSS_TYPES[self.loss_type][0]
-        if kind == "cispo" and self.epsilon_high is None:
-            raise UserError("loss_type cispo needs epsilon_high, the absolute bound of the ratio; its authors use 5")
-        if kind == "reinforce" and self.importance_sampling_level != "token":
-            raise UserError("loss_type reinforce has no ratio; leave importance_sampling_level at token")
-        if self.delta is not None and (kind != "clip" or self.delta <= 1):
+        try:
+            check(self.loss_type, self.options)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if not self.use_bias_correction_kl and not self.beta:
+            raise UserError("use_bias_correction_kl is about the KL in the loss: set beta above 0, or leave it true")
+        correction = self.vllm_importance_sampling_correction
+        if self.loss_type == "vespo" and (correction or (self.use_vllm and correction is None)):
             raise UserError(
-                f"delta is {self.delta}; it must exceed 1, and loss_type {self.loss_type} must clip the ratio"
+                "loss_type vespo weighs whole responses itself: set vllm_importance_sampling_correction: false"
             )
         if self.num_iterations < 1:
             raise UserError(f"num_iterations is {self.num_iterations}; it must be at least 1")
@@ -84,6 +82,11 @@ class GRPOConfig(CostConfig, RLConfig):
                 f"per_device_train_batch_size * gradient_accumulation_steps = {batch} responses"
             )
         self.check_costs()
+
+    @property
+    def options(self) -> Options:
+        """What ``loss_type`` is tuned with."""
+        return Options(*(getattr(self, name) for name in Options._fields))
 
     @property
     def needs_reference(self) -> bool:
@@ -204,26 +207,22 @@ class GRPOTrainer(RLTrainer):
         old_logprobs = packed(records, "old_logprobs", batch)
         kept = torch.tensor([not self._ignored(e) for e in records])
         mask = batch.response_mask & kept.repeat_interleave(torch.tensor(batch.lengths)).to(self.policy.device)
-        kind, aggregate, divisor = LOSS_TYPES[a.loss_type]
         divisors = {
             "tokens": window.tokens,
             "responses": window.records,
             "limit": window.records * a.max_completion_length,
         }
-        loss, metrics = policy_loss(
+        loss, metrics = group_policy_loss(
+            a.loss_type,
             logprobs,
             logprobs.detach() if old_logprobs is None else old_logprobs,
             packed(records, "advantages", batch),
             mask,
-            kind=kind,
-            clip_low=a.epsilon,
-            clip_high=a.epsilon_high,
-            dual_clip=a.delta,
-            level=a.importance_sampling_level,
+            a.options,
             ref_logprobs=packed(records, "ref_logprobs", batch) if a.beta else None,
-            kl_coef=a.beta,
-            aggregate=aggregate,
-            denominator=divisors[divisor],
+            beta=a.beta,
+            unbiased=a.use_bias_correction_kl,
+            denominator=divisors[LOSS_TYPES[a.loss_type].divisor],
             cu_seqlens=batch.cu_seqlens,
         )
         tokens = sum(map(self.size, records))

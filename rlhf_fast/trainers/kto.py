@@ -11,7 +11,6 @@ from torch import Tensor
 from rlhf_fast.data.batch import Example, Labelled
 from rlhf_fast.data.prepare import Report, prepare_labelled
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import sequence_logprobs
 from rlhf_fast.losses.preference import UNPAIRED
 
 from .config import TrainerConfig, one_of
@@ -104,7 +103,7 @@ class KTOTrainer(Trainer):
     def losses(self, records: list[Labelled], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         a = self.args
         batch = self.pack([r.example for r in records])
-        sums = sequence_logprobs(self.model(batch), batch.response_mask, cu_seqlens=batch.cu_seqlens)
+        sums = self.response_sums(self.model(batch), batch)
         ratios = sums - sums.new_tensor([r.ref_logprobs[0] for r in records])
         good = torch.tensor([r.label for r in records], device=sums.device)
         losses = UNPAIRED[a.loss_type].formula(ratios, good, records[0].kl, a.beta)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_fast.data.batch import Experience, Prompt, TokenBatch, packed, unpack
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import gae, kl_shaped_gae, policy_loss, value_loss
+from rlhf_fast.kernels import gae, kl_penalty, kl_shaped_gae, policy_loss, shaped_rewards, value_loss
 from rlhf_fast.kernels.kl import ESTIMATORS
 from rlhf_fast.rewards import resolve_all
 from rlhf_fast.rewards.model import attach_reward_models
@@ -169,9 +169,6 @@ class PPOTrainer(RLTrainer):
         scores = torch.tensor([e.reward for e in experiences], device=self.policy.device)
         values, mask = packed(experiences, "values", batch), batch.response_mask
         advantages, returns, rewards, kl = self.shaped(experiences, batch, scores, values, self.kl_coef)
-        if a.whiten_rewards:
-            scaled = whiten_over_ranks(rewards, mask, self.ranks, shift_mean=False)
-            advantages, returns = gae(scaled, values, mask, gamma=a.gamma, lam=a.lam, cu_seqlens=batch.cu_seqlens)
         advantages = self.weigh_costs(experiences, batch, advantages)
         advantages = whiten_over_ranks(advantages, mask, self.ranks)
         unpack(experiences, "advantages", advantages, batch)
@@ -195,12 +192,17 @@ class PPOTrainer(RLTrainer):
         self, experiences: list[Experience], batch: TokenBatch, scores: Tensor, values: Tensor, kl_coef: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Advantages, returns, rewards and KL (N,) of ``scores`` (B,) at the ends of responses, less ``kl_coef`` times the KL."""
-        a = self.args
-        logprobs = (packed(experiences, name, batch) for name in ("old_logprobs", "ref_logprobs"))
-        shaping = {"kl_coef": kl_coef, "estimator": a.kl_estimator, "gamma": a.gamma, "lam": a.lam}
-        return kl_shaped_gae(
-            scores, *logprobs, values, batch.response_mask, whiten=False, cu_seqlens=batch.cu_seqlens, **shaping
-        )
+        a, mask = self.args, batch.response_mask
+        logprobs = [packed(experiences, name, batch) for name in ("old_logprobs", "ref_logprobs")]
+        discounting = {"gamma": a.gamma, "lam": a.lam, "cu_seqlens": batch.cu_seqlens}
+        pricing = {"kl_coef": kl_coef, "estimator": a.kl_estimator}
+        if not a.whiten_rewards:
+            return kl_shaped_gae(scores, *logprobs, values, mask, whiten=False, **pricing, **discounting)
+        # their deviation is that of all ranks, which no kernel knows: shape, whiten, and only then look back
+        rewards = shaped_rewards(scores, *logprobs, mask, cu_seqlens=batch.cu_seqlens, **pricing)
+        scaled = whiten_over_ranks(rewards, mask, self.ranks, shift_mean=False)
+        kl = kl_penalty(*logprobs, a.kl_estimator).masked_fill(~mask, 0.0)
+        return *gae(scaled, values, mask, **discounting), rewards, kl
 
     def weigh_costs(self, experiences: list[Experience], batch: TokenBatch, advantages: Tensor) -> Tensor:
         """Advantages (N,) with those of the costs taken off; plain PPO knows none. Collective."""

@@ -18,7 +18,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example
-from rlhf_fast.kernels import sequence_logprobs
 from rlhf_fast.models.fingerprint import fingerprint
 from rlhf_fast.run.cache import cache_folder, read_numbers, write_numbers
 
@@ -40,7 +39,7 @@ def response_logprobs(trainer: Trainer, records: Sequence[Any], role: str = "ref
         groups = [trainer.examples(records[i]) for i in part]
         batch = trainer.pack([e for group in groups for e in group])
         logprobs = trainer.policy.logprobs(batch, role=role)
-        sums = iter(sequence_logprobs(logprobs, batch.response_mask, cu_seqlens=batch.cu_seqlens).tolist())
+        sums = iter(trainer.response_sums(logprobs, batch).tolist())
         for i, group in zip(part, groups):
             results[i] = [next(sums) for _ in group]
     return results
@@ -87,6 +86,8 @@ def cache_key(trainer: Trainer, records: Sequence[Any]) -> str:
         "base": fingerprint(policy.model_for("reference")),
         "passes": [str(policy.model.dtype), str(policy.compute_dtype), policy.device.type, a.attn_implementation],
     }
+    if getattr(a, "ld_alpha", None) is not None:
+        about["ld_alpha"] = a.ld_alpha
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     if "reference" in policy.adapters.names:
         for name, parameter in sorted(policy.adapters.parameters("reference").items()):

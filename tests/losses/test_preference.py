@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.losses.preference import DIVERGENCES, PAIRED, UNPAIRED, Coefficients, Pairs, check
+from rlhf_fast.losses.preference import DIVERGENCES, PAIRED, UNPAIRED, Coefficients, Pairs, check, length_discount
 
 # log-probabilities, reference's, lengths; uneven so that sums differ from means and orders from one another
 CHOSEN, REJECTED = [-6.0, -9.0, -2.5, -30.0], [-7.0, -4.0, -2.0, -50.0]
@@ -216,3 +216,10 @@ def test_what_does_not_go_together_is_refused(names, options, message):
 def test_what_goes_together_passes():
     check(["sigmoid", "sft"], Coefficients(f_divergence_type="js_divergence", label_smoothing=0.1))
     check(["hinge", "simpo"], Coefficients(simpo_gamma=1.0))
+
+
+def test_tokens_beyond_the_shorter_response_are_discounted():
+    """Pairs of 1 and 3, and of 2 and 2 response tokens behind prompts of one; a prompt's own weight is never read."""
+    mask = torch.tensor([0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+    ends = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32)
+    assert length_discount(mask, ends, 0.25)[mask].tolist() == [1, 1, 0.25, 0.25, 1, 1, 1, 1]

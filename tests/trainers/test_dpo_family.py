@@ -164,9 +164,29 @@ def test_a_row_counts_by_its_weight(trainer, make_model, run, sgd):
         trainer(make_model(), weighted, loss_type=["aot"])
 
 
+def test_the_discount_of_the_longer_response_reaches_every_pass(trainer, make_model, run, responses):
+    """Policy's and reference's log-probabilities, logged and kept on disk: beyond the shorter length a token counts a half."""
+    for precompute in (False, True):
+        made = trainer(make_model(), ld_alpha=0.5, precompute_ref_log_probs=precompute)
+        step = run(made).steps[0]
+        lengths = [(len(x), len(y)) for x, y in zip(*responses(make_model()))]
+        for which, name in enumerate(("chosen", "rejected")):
+            tokens = responses(make_model())[which]
+            sums = [float(t[: min(n)].sum() + 0.5 * t[min(n) :].sum()) for t, n in zip(tokens, lengths)]
+            assert step[f"logps/{name}"] == pytest.approx(sum(sums) / len(sums), abs=1e-4)
+            assert step[f"rewards/{name}"] == pytest.approx(0.0, abs=1e-5)  # the reference has the same sums
+    # another weight is another number: the kept ones are not read
+    assert run(trainer(make_model(), precompute_ref_log_probs=True)).steps[0]["rewards/chosen"] == pytest.approx(
+        0, abs=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"ld_alpha": 1.5}, "ld_alpha is 1.5; it is a weight from 0 to 1"),
+        ({"ld_alpha": 0.5, "loss_type": ["sigmoid", "cpo"]}, "loss_type cpo has none"),
+        ({"ld_alpha": 0.5, "loss_type": ["sft"]}, "loss_type sft has none"),
         ({"loss_type": []}, "loss_type is empty; name at least one of sigmoid"),
         ({"loss_type": ["dpo"]}, "loss_type is 'dpo'; choose one of sigmoid, ipo"),
         ({"loss_type": ["sft", "ipo"], "loss_weights": [1.0]}, "loss_weights has 1 entries for 2 loss_type"),

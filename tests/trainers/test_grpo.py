@@ -11,11 +11,11 @@ import torch
 import rlhf_fast.trainers.grpo
 from rlhf_fast import GRPOConfig, GRPOTrainer
 from rlhf_fast.errors import UserError
+from rlhf_fast.losses.policy import LOSS_TYPES
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import Sample
 from rlhf_fast.rollout.sampling import spaced_seed
 from rlhf_fast.trainers.groups import group_metrics
-from rlhf_fast.trainers.grpo import LOSS_TYPES
 from rlhf_fast.trainers.trainer import Window
 
 # a "!" cuts the response there; rewards are by hand
@@ -69,12 +69,21 @@ def token_losses(kind, new, old, advantage, low, high, delta):
         return -torch.clamp(ratio, max=high).detach() * advantage * new
     if kind == "reinforce":
         return -advantage * new
+    if kind == "sapo":  # logged is what has the same gradient
+        tau = 1.0 if advantage > 0 else 1.05
+        gate = torch.sigmoid(tau * (ratio - 1))
+        loss = -4 / tau * gate * advantage
+        return loss + (-4 * gate * (1 - gate) * ratio * advantage * new - loss).detach()
+    if kind == "vespo":
+        k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        whole = torch.exp((new - old).detach().sum())
+        return -(whole**k) * torch.exp(decay * (1 - whole)) * advantage * new
     loss = -torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - low, 1 + high) * advantage)
     return torch.minimum(loss, torch.full_like(loss, -delta * advantage)) if delta and advantage < 0 else loss
 
 
 def aggregated(loss_type, losses: list[torch.Tensor]) -> torch.Tensor:
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         return torch.stack([l.mean() for l in losses]).mean()
     if loss_type == "dr_grpo":
         return torch.cat(losses).sum() / (len(losses) * LIMIT)
@@ -96,7 +105,17 @@ def by_the_book(plain, ids):
     """by_the_book(model, steps, ...) -> losses; changes the model as ``steps`` steps of gradient descent do."""
 
     def loop(
-        model, steps, loss_type, beta=0.0, low=0.2, high=0.2, delta=None, level="token", lr=0.1, keep=lambda r: True
+        model,
+        steps,
+        loss_type,
+        beta=0.0,
+        unbiased=True,
+        low=0.2,
+        high=0.2,
+        delta=None,
+        level="token",
+        lr=0.1,
+        keep=lambda r: True,
     ):
         def logprobs(m):
             asked = [(p, r, i) for p, responses in SCRIPT.items() for i, r in enumerate(responses) if keep(r)]
@@ -110,10 +129,11 @@ def by_the_book(plain, ids):
             losses = []
             for new, before, advantage in zip(logprobs(model), old, advantages):
                 at_level = sequence_ratio(new, before, level)
-                kind = loss_type if loss_type in ("cispo", "reinforce") else "clip"
+                kind = loss_type if loss_type in ("cispo", "reinforce", "sapo", "vespo") else "clip"
                 loss = token_losses(kind, at_level, before, advantage, low, high, delta)
                 d = before - new  # the reference is where the run began
-                losses.append(loss + beta * (torch.exp(d) - d - 1))
+                ratio = torch.exp(new - before) if unbiased else 1.0
+                losses.append(loss + beta * ratio * (torch.exp(d) - d - 1))
             results.append(aggregated(loss_type, losses))
             grads = torch.autograd.grad(results[-1], list(model.parameters()))
             with torch.no_grad():
@@ -134,13 +154,24 @@ def test_every_loss_type_takes_the_steps_of_its_formula(loss_type, sgd, trainer,
     """Three steps on one batch of responses with a KL penalty: the ratios leave the clip range, the baseline stays."""
     twin = copy.deepcopy(model)
     high = 1.05 if loss_type == "cispo" else 0.3
-    result = run(trainer(model, loss_type=loss_type, num_iterations=3, beta=0.05, epsilon_high=high, max_steps=3))
+    options = {"epsilon_high": high} if "epsilon_high" in LOSS_TYPES[loss_type].options else {}
+    result = run(trainer(model, loss_type=loss_type, num_iterations=3, beta=0.05, max_steps=3, **options))
     want = by_the_book(twin, 3, loss_type, beta=0.05, high=high)
     assert result.losses == pytest.approx(want, abs=1e-4)
     assert_same_weights(result, twin)
-    if loss_type != "reinforce":
+    if LOSS_TYPES[loss_type].kind != "reinforce":
         assert result.steps[-1]["clip_ratio/region_mean"] > 0.0
     assert result.steps[0]["clip_ratio/region_mean"] == result.steps[0]["kl"] == 0.0
+
+
+def test_the_bias_correction_of_the_kl_can_be_left_out(sgd, trainer, model, by_the_book, run):
+    """A reference far away, so that the two gradients differ: the other's steps are not these."""
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    result = run(trainer(model, num_iterations=3, beta=2.0, use_bias_correction_kl=False, max_steps=3))
+    want = by_the_book(twin, 3, "dapo", beta=2.0, unbiased=False)
+    assert result.losses == pytest.approx(want, abs=1e-4)
+    assert_same_weights(result, twin)
+    assert by_the_book(other, 3, "dapo", beta=2.0)[2] != pytest.approx(want[2], abs=1e-2)
 
 
 @pytest.mark.parametrize("level", ["sequence", "sequence_token"])
@@ -214,7 +245,19 @@ NEW, OLD = ([-0.7, -2.3, -0.5], [-1.2, -1.3]), ([-1.0, -2.0, -0.5], [-1.5, -1.0]
         ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, 0.0),
         ({"loss_type": "luspo", "importance_sampling_level": "sequence_token"}, (-1.5 + 1.0) / 2),
         # KL (k3) for d = -0.3, 0.3, 0 is 0.040818, 0.049859, 0; for -0.3, 0.3 the first two again
-        ({"loss_type": "dapo", "beta": 2.0}, (-1.470409 + 1.074929 + 2 * 2 * 0.090677) / 5),
+        (
+            {"loss_type": "dapo", "beta": 2.0, "use_bias_correction_kl": False},
+            (-1.470409 + 1.074929 + 2 * 2 * 0.090677) / 5,
+        ),
+        # with the ratios 1.349859 and 0.740818 these are 0.055098 and 0.036937
+        ({"loss_type": "dapo", "beta": 2.0}, (-1.470409 + 1.074929 + 2 * 2 * 0.092035) / 5),
+        # gates: p = 0.586583, 0.435530, 0.5 give 1.309383, 0.728504, 1; and 0.590842, 0.432374 at 1.05 1.305270, 0.727264
+        (
+            {"loss_type": "sapo"},
+            (0.5 * (1.309383 * 0.7 + 0.728504 * 2.3 + 0.5) / 3 - 0.5 * (1.305270 * 1.2 + 0.727264 * 1.3) / 2) / 2,
+        ),
+        # the whole responses' ratios are 1, and their gates too
+        ({"loss_type": "vespo"}, (0.5 * 3.5 - 0.5 * 2.5) / 5),
     ],
     ids=str,
 )
@@ -256,13 +299,13 @@ def test_scaling_by_the_batch_divides_all_groups_by_one_number(trainer, model):
 def test_the_first_ratio_is_exactly_1(lora, half, trainer, model, run, monkeypatch):
     """Old and new log-probabilities agree to the last bit, with dropout configured, checkpointing and autocast."""
     seen = []
-    real = rlhf_fast.trainers.grpo.policy_loss
+    real = rlhf_fast.trainers.grpo.group_policy_loss
 
-    def spy(logprobs, old_logprobs, *args, **kwargs):
+    def spy(loss_type, logprobs, old_logprobs, *args, **kwargs):
         seen.append((logprobs.detach().clone(), old_logprobs, kwargs["ref_logprobs"]))
-        return real(logprobs, old_logprobs, *args, **kwargs)
+        return real(loss_type, logprobs, old_logprobs, *args, **kwargs)
 
-    monkeypatch.setattr(rlhf_fast.trainers.grpo, "policy_loss", spy)
+    monkeypatch.setattr(rlhf_fast.trainers.grpo, "group_policy_loss", spy)
     options = {"num_iterations": 2, "beta": 0.1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     peft = lora_config(r=4, alpha=8, dropout=0.3) if lora else None
     made = trainer(model, peft=peft, gradient_checkpointing=True, max_steps=2, learning_rate=1e-2, **options)

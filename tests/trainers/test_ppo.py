@@ -55,7 +55,7 @@ def three_tokens(trainer, model):
         made = trainer(model, {"q": [response]}, lambda completions, **_: [2.0], **more)
         numbers = {"policy": OLD, "reference": reference}
         made.logprobs = lambda batch, role: torch.tensor([0.0, *numbers[role]])
-        made.policy.values = lambda batch: torch.tensor([0.0, *VALUES])
+        made.policy.values = lambda batch, role: torch.tensor([0.0, *VALUES])
         (experience,) = made.collect(made.train_records)
         return made, experience
 
@@ -163,6 +163,15 @@ def test_every_setting_of_the_rewards_changes_them_as_it_says(more, three_tokens
     mean = sum(advantages) / 3
     std = math.sqrt(sum((a - mean) ** 2 for a in advantages) / 3)
     assert experience.advantages.tolist()[1:] == pytest.approx([(a - mean) / std for a in advantages], abs=1e-4)
+
+
+def test_whitened_rewards_are_looked_back_over_once(three_tokens, monkeypatch):
+    """And what is logged is the same as without: rewards and KL before they are whitened."""
+    figures = three_tokens()[0].metrics.read()
+    monkeypatch.setattr("rlhf_fast.trainers.ppo.kl_shaped_gae", lambda *_, **__: pytest.fail("twice"))
+    whitened = three_tokens(whiten_rewards=True)[0].metrics.read()
+    names = [name for name in figures if name.startswith("objective/")]
+    assert {n: whitened[n] for n in names} == pytest.approx({n: figures[n] for n in names})
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,31 @@ def test_no_setting_is_left_untested():
         assert {f.name for f in dataclasses.fields(config)} <= words, config.__name__
 
 
+LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+COMMON = {"logging_steps": 10, "seed": 42, "dtype": "auto", "lr_scheduler_type": "linear", "warmup_ratio": 0.03, **LORA}
+DEFAULTS = {
+    SFTConfig: {"max_length": 1024, "packing": True},
+    RewardConfig: {"center_rewards_coefficient": 0.01},
+    DPOConfig: {"beta": 0.1, "loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0}
+    | {"precompute_ref_log_probs": False},
+    KTOConfig: {"beta": 0.1, "loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    GRPOConfig: {"num_generations": 8, "max_completion_length": 512, "beta": 0.0, "num_iterations": 1, "epsilon": 0.2}
+    | {"epsilon_high": None, "delta": None, "loss_type": "dapo", "importance_sampling_level": "token"}
+    | {"advantage_baseline": "mean", "scale_rewards": "group", "mask_truncated_completions": False},
+    PPOConfig: {"num_ppo_epochs": 4, "num_mini_batches": 1, "kl_coef": 0.05, "kl_target": None, "kl_estimator": "k1"}
+    | {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95, "whiten_rewards": False}
+    | {"missing_eos_penalty": None, "entropy_coef": 0.0, "critic_warmup_steps": 0, "target_kl": None},
+}
+
+
+@pytest.mark.parametrize("config", DEFAULTS, ids=lambda c: c.__name__)
+def test_defaults_are_those_that_users_rely_on(config):
+    """A change of one is a change of everybody's runs: it is made here too, on purpose. Learning rates are tested below."""
+    args, want = config(), {**COMMON, **DEFAULTS[config]}
+    assert {name: getattr(args, name) for name in want} == want
+    assert (args.learning_rate, args.gradient_checkpointing) == (None, None)  # the algorithm's; on, or as the plan says
+
+
 def test_the_learning_rate_warms_up_and_decays(sft, run):
     """Logged after each step, so it is the next one's: 10 steps, 3 of them warm-up from 0."""
     rates = [
@@ -254,12 +279,22 @@ def test_rollouts_fill_so_many_slots_and_are_evaluated_on_a_few_prompts(make_mod
         (GRPOConfig, {"loss_type": "grop"}, "loss_type is 'grop'; choose one of grpo, dapo"),
         (GRPOConfig, {"loss_type": "cispo"}, "cispo needs epsilon_high"),
         (PPOConfig, {"kl_coef": 0.0, "kl_target": 6.0}, "kl_target adapts kl_coef, which is 0.0"),
-        (GRPOConfig, {"loss_type": "reinforce", "importance_sampling_level": "sequence"}, "no ratio"),
+        (
+            GRPOConfig,
+            {"loss_type": "reinforce", "importance_sampling_level": "sequence"},
+            "no effect with loss_type reinforce",
+        ),
         (GRPOConfig, {"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         (GRPOConfig, {"scale_rewards": "std"}, "scale_rewards is 'std'"),
         (GRPOConfig, {"advantage_baseline": "max"}, "advantage_baseline is 'max'"),
-        (GRPOConfig, {"delta": 0.5}, "delta is 0.5; it must exceed 1"),
-        (GRPOConfig, {"delta": 2.0, "loss_type": "reinforce"}, "must clip the ratio"),
+        (GRPOConfig, {"delta": 0.5}, "delta is 0.5; it bounds the ratio from above and must exceed 1"),
+        (
+            GRPOConfig,
+            {"delta": 2.0, "loss_type": "reinforce"},
+            "delta is 2.0 and has no effect with loss_type reinforce",
+        ),
+        (GRPOConfig, {"use_bias_correction_kl": False}, "set beta above 0"),
+        (GRPOConfig, {"loss_type": "vespo", "use_vllm": True}, "vllm_importance_sampling_correction: false"),
         (GRPOConfig, {"num_iterations": 0}, "num_iterations is 0"),
         (GRPOConfig, {"num_generations": 3}, "num_generations is 3: .* = 8 responses"),
         (GRPOConfig, {"num_generations": 1}, "num_generations is 1: it must be at least 2"),
