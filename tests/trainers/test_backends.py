@@ -10,6 +10,8 @@ from rlhf_fast import (
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     PPOConfig,
     PPOTrainer,
     RewardConfig,
@@ -24,8 +26,10 @@ from rlhf_fast.models.adapters import lora_config
 WORDS = ["a", "hello", "to be", "x+y=z", "no", "seventeen!", "q", "well, well"]
 SCRIPT = {f"{i}+": [*WORDS[i : i + 3], "cut!"] for i in range(4)}
 PAIRS = [{"prompt": f"{i} ", "chosen": w, "rejected": w[:1] + "?"} for i, w in enumerate(WORDS)]
+LABELLED = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 3 > 0} for i, r in enumerate(PAIRS)]
 PROMPTS = [{"prompt": p} for p in SCRIPT]
 GRPO = {"num_generations": 4, "num_iterations": 2, "beta": 0.1, "epsilon": 0.01, "scale_rewards": "whiten"}
+SOFT = {"num_generations": 4, "num_iterations": 2, "beta": 0.1}
 PPO = {"num_ppo_epochs": 2, "entropy_coef": 0.01, "beta": 0.1, "whiten_rewards": True, "missing_eos_penalty": 1.0}
 KINDS = {
     "sft": (
@@ -36,8 +40,10 @@ KINDS = {
     ),
     "reward": (RewardTrainer, RewardConfig, {"center_rewards_coefficient": 0.1}, PAIRS),
     "dpo": (DPOTrainer, DPOConfig, {"beta": 0.5}, PAIRS),
+    "kto": (KTOTrainer, KTOConfig, {"beta": 0.5}, LABELLED),
     "grpo": (GRPOTrainer, GRPOConfig, GRPO, PROMPTS),
     "gspo": (GRPOTrainer, GRPOConfig, {**GRPO, "loss_type": "grpo", "importance_sampling_level": "sequence"}, PROMPTS),
+    "sapo": (GRPOTrainer, GRPOConfig, {**SOFT, "loss_type": "sapo", "sapo_temperature_pos": 3.0}, PROMPTS),
     "ppo": (PPOTrainer, PPOConfig, PPO, PROMPTS),
 }
 

@@ -14,6 +14,8 @@ from rlhf_fast import (
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     PPOConfig,
     PPOTrainer,
     RewardConfig,
@@ -41,6 +43,8 @@ def length(completions, **_):
 def rows(kind):
     if kind is SFTTrainer:
         return [{"prompt": f"{i} ", "completion": w} for i, w in enumerate(WORDS)]
+    if kind is KTOTrainer:
+        return [{"prompt": f"{i} ", "completion": w, "label": i % 2 == 0} for i, w in enumerate(WORDS)]
     if kind in (RewardTrainer, DPOTrainer):
         return [{"prompt": f"{i} ", "chosen": w, "rejected": w[:1] + "?"} for i, w in enumerate(WORDS)]
     return [{"prompt": f"{i} "} for i in range(len(WORDS))]
@@ -51,6 +55,7 @@ KINDS = {
     "sft": (SFTTrainer, SFTConfig, {"packing": False, "per_device_train_batch_size": 3}),
     "reward": (RewardTrainer, RewardConfig, {"per_device_train_batch_size": 3}),
     "dpo": (DPOTrainer, DPOConfig, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "kto": (KTOTrainer, KTOConfig, {"per_device_train_batch_size": 3}),
     "grpo": (
         GRPOTrainer,
         GRPOConfig,

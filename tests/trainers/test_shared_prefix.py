@@ -12,6 +12,8 @@ from rlhf_fast import (
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     PPOConfig,
     PPOTrainer,
     RewardConfig,
@@ -52,6 +54,13 @@ def dpo(make, scripted, loss_type="sigmoid", **settings):
     return make(DPOTrainer, DPOConfig(beta=0.5, loss_type=loss_type, **settings), rows)
 
 
+def kto(make, scripted, **settings):
+    rows = [
+        {"prompt": p, "completion": a, "label": i % 2} for p, answers in SCRIPT.items() for i, a in enumerate(answers)
+    ]
+    return make(KTOTrainer, KTOConfig(beta=0.5, **settings), rows)
+
+
 def grpo(make, scripted, **settings):
     """Groups of four; steps after the first have ratios, and the KL has a reference."""
     rows = [{"prompt": p} for p in SCRIPT]
@@ -68,7 +77,7 @@ def ppo(make, scripted, **settings):
 
 
 ALGORITHMS = {"sft": sft, "reward": reward, "dpo": dpo, "dpo ipo": functools.partial(dpo, loss_type="ipo")}
-ALGORITHMS |= {"ppo": ppo, "grpo": grpo, "grpo grpo": functools.partial(grpo, loss_type="grpo")}
+ALGORITHMS |= {"kto": kto, "ppo": ppo, "grpo": grpo, "grpo grpo": functools.partial(grpo, loss_type="grpo")}
 ALGORITHMS["grpo gspo"] = functools.partial(grpo, importance_sampling_level="sequence")
 
 
@@ -94,8 +103,8 @@ def test_a_shared_prompt_changes_the_tokens_computed_and_nothing_else(
         results.append(run(trainer))
         tokens.append(sum(seen))
     plain, shared = results
-    # shuffled rows are seldom neighbours in SFT and PPO; the others always are
-    assert tokens[1] < {"sft": 1.0, "ppo": 1.0, "grpo": 0.6}.get(name.split()[0], 0.8) * tokens[0]
+    # shuffled rows are seldom neighbours in SFT, KTO and PPO; the others always are
+    assert tokens[1] < {"sft": 1.0, "kto": 1.0, "ppo": 1.0, "grpo": 0.6}.get(name.split()[0], 0.8) * tokens[0]
     # DPO's margins are differences of sums of up to 50, where float32 has steps of 4e-6
     assert shared.losses == pytest.approx(plain.losses, abs=3e-6 if "dpo" in name else 1e-6, rel=1e-6)
     for got, want in zip(shared.steps, plain.steps):
