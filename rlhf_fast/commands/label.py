@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rlhf_fast.feedback.people.store import Label, Store
 
 TOKEN = "RLHF_FAST_LABEL_TOKEN"
+ANY = ("0.0.0.0", "::")
 FORMATS = ("pairs", "ranked", "safety", "argilla", "label-studio")
 
 
@@ -102,6 +103,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("label: --export reads DATA; give it the *.responses.jsonl that --model wrote")
     if args.format is not None and args.export is None:
         raise UserError("label: --format is of an export; add --export FILE")
+    if args.host in ANY and not args.allow_host and args.export is None:
+        raise UserError(
+            f"label: --host {args.host} is every address; say with --allow_host by which name others call this one"
+        )
     token = args.token or os.environ.get(TOKEN)
     if token is not None and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", token):
         raise UserError("label: --token must be 16 to 128 of A-Z a-z 0-9 _ -; leave it out for a random one")
@@ -184,11 +189,13 @@ def _serve(args: argparse.Namespace, items: Items, store: Store) -> int:
     if store.torn:
         print(f"{store.path}: {store.torn} lines cut short by a kill are passed over", file=sys.stderr)
     listener = listen(args.host, args.port, "label")
-    app = build_app(Desk(items, store, Path(args.data).name, args.safety), token, {*args.allow_host, args.host})
+    hosts = [*args.allow_host, *([] if args.host in ANY or is_loopback(args.host) else [args.host])]
+    app = build_app(Desk(items, store, Path(args.data).name, args.safety), token, hosts)
     config = uvicorn.Config(app, timeout_graceful_shutdown=2, **SERVER)
     if not is_loopback(args.host):
         print("everybody who can reach this machine and has the link can label, under any name", file=sys.stderr)
-    print(f"label {len(items)} items at {address(listener)}/{token}/ (Ctrl-C stops)", flush=True)
+    where = f"http://{hosts[0]}:{listener.getsockname()[1]}" if hosts else address(listener)
+    print(f"label {len(items)} items at {where}/{token}/ (Ctrl-C stops)", flush=True)
     print(f"answers: {store.path}", flush=True)
     with signals_end_quietly():
         uvicorn.Server(config).run(sockets=[listener])

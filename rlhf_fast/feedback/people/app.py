@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -75,7 +76,7 @@ class Desk:
     def _progress(self, who: str, after: int) -> dict[str, Any]:
         """Counts, and the next item without an answer: beyond ``after``, else the first one."""
         total = len(self.items)
-        places = [*range(after + 1, total), *range(after + 1)]
+        places = itertools.chain(range(after + 1, total), range(after + 1))
         return {
             **self.store.counts(who),
             "total": total,

@@ -93,7 +93,7 @@ def export(items: Items, store: Store, form: str, margins: Sequence[float] = (1.
         form: ``pairs``: `prompt`, `chosen`, `rejected`, and `margin` where one was given, for every pair with a majority;
             ``ranked``: `prompt`, `responses` and `ranking` for every item whose pairs all have one (of equally good responses
             the first only, as ranked data has a strict order); ``safety``: pairs by harmlessness, `chosen` the safer one,
-            with `chosen_safe` and `rejected_safe`.
+            with `safe`, whether each of [chosen, rejected] is, where most agree on that: what a cost model learns from.
         margins: what slightly, clearly and much better are, in units of reward.
     Raises:
         UserError: nothing to export.
@@ -137,12 +137,11 @@ def _ranked(prompt: Any, responses: Sequence[Any], verdict: Verdict, margins: Se
 
 def _safety(prompt: Any, responses: Sequence[Any], verdict: Verdict, margins: Sequence[float]) -> Iterator[dict]:
     flags = [[label.unsafe[i] for label in verdict.labels if label.unsafe is not None] for i in range(len(responses))]
+    unsafe = [majority(said) for said in flags]
     for _, chosen, rejected in _decided(verdict):
         row = {"prompt": prompt, "chosen": responses[chosen], "rejected": responses[rejected]}
-        for name, i in (("chosen_safe", chosen), ("rejected_safe", rejected)):
-            unsafe = majority(flags[i])
-            if unsafe is not None:
-                row[name] = not unsafe
+        if unsafe[chosen] is not None and unsafe[rejected] is not None:
+            row["safe"] = [not unsafe[chosen], not unsafe[rejected]]
         yield row
 
 

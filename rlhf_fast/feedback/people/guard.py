@@ -41,7 +41,7 @@ class PageGuard:
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], token: str, hosts: Collection[str] = ()) -> None:
-        self.app, self.token = app, token
+        self.app, self.token, self.hosts = app, token, hosts
         self._guard = Guard(self._page, max_body=MAX_BODY, hosts=hosts)
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
@@ -65,17 +65,19 @@ class PageGuard:
             if not slash or not hmac.compare_digest(given.encode(), self.token.encode()):
                 raise ApiError(403, "open the link that rlhf-fast label printed, whole: it carries the key")
             if scope["method"] not in ("GET", "HEAD"):
-                _check_sender({name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]})
+                self._check_sender({name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]})
             scope = {**scope, "path": f"/{rest}", "raw_path": f"/{rest}".encode(), "root_path": ""}
         await self.app(scope, receive, send)
 
-
-def _check_sender(headers: dict[str, str]) -> None:
-    """What changes something is sent by our own page, in a form that no plain HTML form can send."""
-    if headers.get("origin") != f"http://{headers.get('host', '')}":
-        raise ApiError(403, "the Origin header must name this page: labels are taken from it alone")
-    if headers.get("sec-fetch-site", "same-origin") != "same-origin":
-        raise ApiError(403, "the request comes from another site")
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the body must be application/json, got {kind[:40] or 'nothing'!r}")
+    def _check_sender(self, headers: dict[str, str]) -> None:
+        """What changes something is sent by our own page, in a form that no plain HTML form can send."""
+        host = headers.get("host", "")
+        # a name of ours may stand for a proxy that speaks TLS; on loopback there is none
+        schemes = ("http", "https") if host.rpartition(":")[0] in self.hosts or host in self.hosts else ("http",)
+        if headers.get("origin") not in [f"{scheme}://{host}" for scheme in schemes]:
+            raise ApiError(403, "the Origin header must name this page: labels are taken from it alone")
+        if headers.get("sec-fetch-site", "same-origin") != "same-origin":
+            raise ApiError(403, "the request comes from another site")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"the body must be application/json, got {kind[:40] or 'nothing'!r}")

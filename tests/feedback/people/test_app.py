@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-_spec = importlib.util.spec_from_file_location("people_wire", Path(__file__).with_name("wire.py"))
-wire = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(wire)
-ask = wire.ask
+from tests.feedback.people.wire import ask
 
 PAIRS = [{"prompt": f"p{i}", "responses": ["a", "b"]} for i in range(5)]
 THREE = [{"prompt": "p", "responses": ["a", "b", "c"]}]
@@ -104,6 +98,9 @@ def test_other_names_of_this_machine_are_let_in_when_they_are_given(serve):
     assert ask(served, "GET", "api/people", **origin).status == 200
     assert ask(served, "POST", "api/undo", {"annotator": "kim"}, **origin).status == 200
     assert ask(served, "GET", "api/people", Host="another-box:8700").status == 403
+    behind_tls = {"Host": "gpu-box", "Origin": "https://gpu-box"}
+    assert ask(served, "POST", "api/undo", {"annotator": "kim"}, **behind_tls).status == 200
+    assert ask(served, "POST", "api/undo", {"annotator": "kim"}, Origin="https://127.0.0.1").status == 403
 
 
 @pytest.mark.parametrize("name", ["", "label.css", "label.js", "icon.svg", "api/people"])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("people_wire", Path(__file__).with_name("wire.py"))
-wire = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(wire)
+from tests.feedback.people import wire
+from tests.feedback.people.conftest import Served
 
 GOOD = {"annotator": "kim", "item": "ITEM", "ranks": [1, 2], "margin": 1, "done": True}
 FORM = b"annotator=kim&item=ITEM&done=true"
@@ -187,8 +184,8 @@ ATTACKS = {
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, make_served):
-    served = make_served([{"prompt": "p", "responses": ["a", "b"]}], tmp_path_factory.mktemp("desk") / "labels.jsonl")
+def served(tmp_path_factory):
+    served = Served([{"prompt": "p", "responses": ["a", "b"]}], tmp_path_factory.mktemp("desk") / "labels.jsonl")
     yield served.start()
     # after all of them the page takes a label as ever
     item = wire.ask(served, "GET", "api/items?annotator=kim").json()["items"][0]

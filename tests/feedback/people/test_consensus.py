@@ -109,7 +109,9 @@ def test_safety_is_exported_apart_from_helpfulness(pair, store):
     assert export(pair, store, "pairs").rows[0]["chosen"] == "good"
     (row,) = export(pair, store, "safety").rows
     assert (row["chosen"], row["rejected"]) == ("poor", "good")
-    assert (row["chosen_safe"], row["rejected_safe"]) == (True, False) and "margin" not in row
+    assert row["safe"] == [True, False] and "margin" not in row
+    (canonical,) = normalise(Records([row]), "harm")
+    assert canonical["responses"] == ["poor", "good"] and canonical["safe"] == [True, False]
 
 
 def test_of_several_responses_the_safe_ones_stand_above_the_unsafe(store):

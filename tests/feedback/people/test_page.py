@@ -2,93 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
-import os
-import shutil
 import threading
 
 import pytest
 
 from rlhf_fast.feedback.people.store import Store
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'rlhf-fast[browser]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium")
-
 PAIRS = [{"prompt": f"prompt {i}", "responses": [f"good {i}", f"poor {i}"]} for i in range(9)]
 FOUR = [{"prompt": "p", "responses": ["first", "second", "third", "fourth"]}]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """One for all tests here; ended with this file, because its event loop would be in the way of others."""
-    sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=sandbox)
-        yield browser
-        browser.close()
-
-
-class Tab:
-    """A page with a person in front of it; fails a test in which the browser complained."""
-
-    def __init__(self, browser, served, annotator="kim", **options):
-        self.served, self.complaints, self.asked = served, [], []
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(served.url + (f"?annotator={annotator}" if annotator else ""))
-        self.annotator = annotator
-        if annotator:
-            self.page.wait_for_selector("main:not([hidden])")
-
-    def press(self, *keys):
-        """Keys, one after the other, each once the page has dealt with the one before."""
-        for key in keys:
-            self.page.keyboard.press(key)
-            self.settle()
-
-    def settle(self):
-        self.page.evaluate("running")  # a top-level `let` of the page: the promise of all that was begun
-
-    def shown(self):
-        """Texts of the responses, in the places of the screen."""
-        return self.page.locator("#responses .text").all_text_contents()
-
-    def prompt(self):
-        return self.page.locator("#prompt").text_content()
-
-    def label(self, prompt):
-        """What the file holds of this person's answer, by response text."""
-        for place in range(len(self.served.items)):
-            identity, item = self.served.items[place]
-            found = self.served.said(self.annotator).get(identity)
-            if item.prompt == prompt and found is not None:
-                lists = {k: getattr(found, k) for k in ("ranks", "safer", "unsafe") if getattr(found, k) is not None}
-                return found, {k: dict(zip(item.responses, v)) for k, v in lists.items()}
-        return None, {}
-
-
-@pytest.fixture
-def tab(browser):
-    with contextlib.ExitStack() as stack:
-
-        def open_tab(served, annotator="kim", **options):
-            made = Tab(browser, served, annotator, **options)
-            stack.callback(made.context.close)
-            opened.append(made)
-            return made
-
-        opened = []
-        yield open_tab
-    for made in opened:
-        assert made.complaints == []
-        assert all(url.startswith((made.served.origin, "data:")) for url in made.asked)
 
 
 def test_everything_of_two_works_from_the_keyboard(serve, tab):
@@ -440,15 +362,15 @@ def test_it_fits_the_screen_and_can_be_read(serve, tab, width, scheme):
 
 
 def test_everything_has_a_name_and_news_is_spoken(serve, tab):
-    t = tab(serve([*PAIRS, *FOUR], safety=True))
-    for keys in ([], ["1", "q"] * 9):
+    t = tab(serve([*PAIRS[:2], *FOUR], safety=True))
+    for keys in ([], ["1", "q"] * 2):
         t.press(*keys)
         for control in t.page.locator("button:visible, textarea:visible").all():
             name = control.evaluate("e => e.ariaLabel || e.textContent.trim() || e.labels?.[0]?.textContent.trim()")
             assert name, control.evaluate("e => e.outerHTML")
     assert t.page.locator("#status").get_attribute("aria-live") == "polite"
-    assert t.page.locator("#status").text_content() == "Item 10 of 10"
-    assert t.page.locator("#fill").get_attribute("aria-valuenow") == "9"
+    assert t.page.locator("#status").text_content() == "Item 3 of 3"
+    assert t.page.locator("#fill").get_attribute("aria-valuenow") == "2"
     t.page.keyboard.press("?")
     t.page.wait_for_selector("#help-dialog[open]")
     assert "save and go on" in t.page.locator("#keys").inner_text()
