@@ -65,7 +65,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "rng": rng_state(),
         "plan": trainer.plan,
         "metrics": trainer.metrics.state(),
-        "tokens": trainer.tokens,
+        "tokens": trainer.tokens_seen,
         "records": [dataclasses.asdict(r) for r in trainer.records] if sampled else None,
     }
     return {
@@ -110,7 +110,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     local = state["ranks"][trainer.accelerator.process_index]
     trainer.plan = local["plan"]
     trainer.metrics.load_state(local["metrics"])
-    trainer.tokens = local["tokens"]
+    trainer.tokens_seen = local["tokens"]
     if local["records"] is not None:
         trainer.records = [trainer.restore_record(r) for r in local["records"]]
     trainer.load_extra_state(state["extra"])

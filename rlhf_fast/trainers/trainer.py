@@ -127,7 +127,7 @@ class Trainer(Algorithm):
         self.skipped = 0  # steps in a row without a finite gradient
         self.metrics = Means()
         self.times = Times()
-        self.tokens = 0  # of the sequences that this rank has learned from, see num_tokens
+        self.tokens_seen = 0  # of the sequences that this rank has learned from, see num_tokens
         self._tokens_logged = 0  # of all ranks, at the last log line
 
     @classmethod
@@ -257,7 +257,7 @@ class Trainer(Algorithm):
         Prompts and responses, without padding, each time that a step sees them: a prompt that responses share counts with
         each of them, whether the model reads it once or more often.
         """
-        return sum(self.ranks.gather([self.tokens]))
+        return sum(self.ranks.gather([self.tokens_seen]))
 
     @property
     def finished(self) -> bool:
@@ -323,7 +323,7 @@ class Trainer(Algorithm):
                     self._loss = self._loss + loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
         self._apply(norm)
-        self.tokens += sum(len(e) for record in records for e in self.examples(record))
+        self.tokens_seen += sum(len(e) for record in records for e in self.examples(record))
         self.step += 1
         self.after_step()
         # a schedule is a function of where the run is
