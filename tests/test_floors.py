@@ -65,7 +65,7 @@ SHARED_TRAINER_FILES = tuple(
         "best",
         "callbacks",
     )
-    + ("rl", "importance", "scores", "groups", "reference", "lagrangian")
+    + ("rl", "importance", "scores", "groups", "reference", "lagrangian", "guard", "measures")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 

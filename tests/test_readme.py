@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from rlhf_fast import GRPOConfig, SafePPOConfig
+from rlhf_fast import GRPOConfig, PPOConfig, SafePPOConfig
 from rlhf_fast.run.config import parse_config
+from rlhf_fast.trainers.guard import LIMITS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -48,6 +49,18 @@ def test_the_rewards_of_the_judge_section_are_real(tmp_path):
     assert [reward.pop("name") for reward in rewards] == ["judge", "judge"]
     for reward in rewards:
         inspect.signature(Judge).bind(**reward)
+
+
+def test_the_guards_table_and_settings_are_its_own(tmp_path):
+    text = README[README.index("### When the policy cheats its reward") :]
+    path = tmp_path / "guard.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    for config_class in (GRPOConfig, PPOConfig, SafePPOConfig):
+        assert parse_config(config_class, ["--config", str(path)]).guard_limits == {"kl": 30.0}
+    table = text[text.index("| sign |") :].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`[,|\s]", "".join(row.split("|")[1] for row in table.splitlines()[2:]))) == set(
+        LIMITS
+    )
 
 
 def test_the_settings_of_safe_rlhf_are_real(tmp_path):

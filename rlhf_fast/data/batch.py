@@ -9,6 +9,7 @@ reward, the value of the state before it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +256,8 @@ class Experience:
 
     example: Example
     reward: float  # NaN when no reward function could score it
+    score: float = math.nan  # its reward as it was given, before penalties and scaling
+    held_out: float = math.nan  # a reward that nothing learns from, of a share of the responses
     cost: float = 0.0  # the harm it does, where costs are asked for
     finished: bool = True  # it ended by itself, not by the length limit
     rollout_logprobs: Tensor | None = None  # as the rollout engine reported them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ class ScoredRollouts:
         names: of the functions, for metrics.
         weights: one per function; None weighs them all 1.
         costs: functions whose sum is a response's cost, or their specs.
+        held_out: functions whose sum is a reward that nothing learns from, or their specs.
+        share: of the prompts whose responses those score.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class ScoredRollouts:
         names: Sequence[str],
         weights: Sequence[float] | None = None,
         costs: Sequence[Any] = (),
+        held_out: Sequence[Any] = (),
+        share: float = 1.0,
     ):
         self.engine, self.policy = engine, policy
         self.functions, self.names, self.weights = list(functions), list(names), weights
@@ -51,7 +56,9 @@ class ScoredRollouts:
                 f"reward_weights has {len(weights)} entries for the rewards {', '.join(names)}; give one each"
             )
         self.costs, self.cost_names = resolve_all(list(costs))
-        check_kinds(self.functions, self.names, "reward")
+        self.held_out, self.held_out_names = resolve_all(list(held_out))
+        self.share = share
+        check_kinds([*self.functions, *self.held_out], [*self.names, *self.held_out_names], "reward")
         check_kinds(self.costs, self.cost_names, "cost")
         self.seconds: dict[str, float] = {}  # of the last call, by what they were spent on
         self._told: set[str] = set()  # faults of reward functions
@@ -64,6 +71,7 @@ class ScoredRollouts:
         """
         given = [*prompts[0].columns, "prompt_ids"]
         check_columns([*self.functions, *self.costs], [*self.names, *self.cost_names], given)
+        check_columns(self.held_out, self.held_out_names, given)
 
     @torch.no_grad()
     def sample(
@@ -89,15 +97,20 @@ class ScoredRollouts:
         asked = [p for p in prompts for _ in range(n)]
         samples = [s for group in groups for s in group]
         rewards, costs, metrics = self._score(asked, samples)
+        watched = n * math.ceil(self.share * len(prompts)) if self.held_out else 0
+        held_out, figures = self._hold_out(asked[:watched], samples[:watched])
+        held_out, metrics = [*held_out, *[math.nan] * (len(samples) - watched)], metrics | figures
         experiences = [
             Experience(
                 example=Example([*p.input_ids, *s.ids], [False] * len(p.input_ids) + [True] * len(s.ids)),
                 reward=reward,
+                score=reward,
+                held_out=other,
                 cost=cost,
                 finished=s.finish_reason == "stop",
                 rollout_logprobs=_after_prompt(p, s, self.policy.device),
             )
-            for p, s, reward, cost in zip(asked, samples, rewards.tolist(), costs.tolist())
+            for p, s, reward, cost, other in zip(asked, samples, rewards.tolist(), costs.tolist(), held_out)
         ]
         self.seconds = {"generate": generated - began, "reward": time.perf_counter() - generated}
         lengths = torch.tensor([float(len(s.ids)) for s in samples])
@@ -120,10 +133,21 @@ class ScoredRollouts:
             total = total.masked_fill(cost.isnan(), torch.nan)
         return total, cost, metrics
 
-    def mean_cost(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> float:
-        """Of one response to each of ``prompts``; NaN when nobody could say."""
+    def _hold_out(self, prompts: list[Prompt], samples: list[Sample]) -> tuple[list[float], dict[str, float]]:
+        if not samples:
+            return [], {}
+        table = self.table(self.held_out, self.held_out_names, prompts, samples)
+        return table.total().tolist(), _metrics("held_out", table, self.held_out)
+
+    def means(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> dict[str, float]:
+        """Mean ``cost`` and mean ``held_out`` reward, where there are such, of one response to each of ``prompts``."""
         samples = [Sample(ids, [0.0] * len(ids), "stop") for ids in responses]
-        return float(self.table(self.costs, self.cost_names, prompts, samples).total().nanmean())
+        panels = {"cost": (self.costs, self.cost_names), "held_out": (self.held_out, self.held_out_names)}
+        return {
+            what: float(self.table(functions, names, prompts, samples).total().nanmean())
+            for what, (functions, names) in panels.items()
+            if functions
+        }
 
     def table(
         self, functions: Sequence[Callable], names: Sequence[str], prompts: Sequence[Prompt], samples: Sequence[Sample]

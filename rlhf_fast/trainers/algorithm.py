@@ -201,6 +201,10 @@ class Algorithm:
 
     # ---- steps and checkpoints
 
+    def own_callbacks(self) -> list[Any]:
+        """Callbacks that the algorithm brings itself."""
+        return []
+
     def after_step(self) -> None:
         """Called after every optimizer step."""
 

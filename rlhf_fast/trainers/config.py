@@ -9,6 +9,8 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.attention import CHOICES
 
+from .guard import ACTIONS as GUARD_ACTIONS
+from .guard import check_limits
 from .importance import MODES as IMPORTANCE_MODES
 from .optimizers import OPTIMIZERS
 
@@ -129,6 +131,10 @@ class RLConfig(TrainerConfig):
 
     reward_funcs: list[Any] = field(default_factory=list)  # built-in name, module:function, or {name: ..., ...}
     reward_weights: list[float] | None = None  # one per reward function; None weighs them all 1
+    guard: str = "warn"  # at signs of reward hacking: warn; stop; rollback: stop with the best evaluation's model; off
+    guard_reward: list[Any] = field(default_factory=list)  # as reward_funcs, but held out: nothing learns from them
+    guard_share: float = 0.25  # of the prompts of a batch whose responses they score
+    guard_limits: dict[str, float] = field(default_factory=dict)  # where signs begin, e.g. {kl: 30}; see guard.py
     soft_overlong_cache: int = 0  # tokens before the limit on which a penalty grows to 1 (DAPO, eq. 13); 0: none
     vllm_importance_sampling_correction: bool | None = None  # weigh by trainer / engine; none: where weights differ
     vllm_importance_sampling_mode: str = "sequence_mask"  # token_ or sequence_; truncate or mask (drop) beyond bounds
@@ -157,8 +163,21 @@ class RLConfig(TrainerConfig):
         here = self.use_vllm and self.vllm_mode == "colocate"
         return self.vllm_gpu_memory_utilization if here else 0.0
 
+    @property
+    def watches_evaluations(self) -> bool:
+        return super().watches_evaluations or self.guard == "rollback"
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("guard", self.guard, GUARD_ACTIONS)
+        check_limits(self.guard_limits)
+        if not 0 < self.guard_share <= 1:
+            raise UserError(f"guard_share is {self.guard_share:g}; it is a share of the prompts, above 0 and at most 1")
+        if self.guard == "rollback" and not (self.guard_reward or self.metric_for_best_model):
+            raise UserError(
+                "guard: rollback needs to know which evaluation was the best, and the reward itself is what may be cheated: "
+                "name a guard_reward, or another figure as metric_for_best_model"
+            )
         one_of("vllm_mode", self.vllm_mode, ("server", "colocate"))
         one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
         low, high = self.vllm_importance_sampling_clip_min or 0.0, self.vllm_importance_sampling_clip_max

@@ -81,6 +81,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "extra": trainer.extra_state(),
         "best": trainer.best.state(),
         "stopped": trainer.stopped,
+        "rolls_back": trainer.rolls_back,
         "callbacks": trainer.callbacks.state(),
         # frozen, and not in here
         "base": fingerprint(trainer.policy.model) if trainer.policy.adapters.names else None,
@@ -115,7 +116,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.records = [trainer.restore_record(r) for r in local["records"]]
     trainer.load_extra_state(state["extra"])
     trainer.best.load_state(state["best"])
-    trainer.stopped = state["stopped"]
+    trainer.stopped, trainer.rolls_back = state["stopped"], state["rolls_back"]
     trainer.callbacks.load_state(state["callbacks"])
     set_rng_state(local["rng"])
 

@@ -20,6 +20,7 @@ from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
 from .engines import WeightSync, build_engine, shared_engine
+from .guard import Guard
 from .importance import distance_of, weigh
 from .lagrangian import Lagrangian, cost_functions
 from .scores import kl_of
@@ -39,7 +40,6 @@ class RLTrainer(Trainer):
 
     config_class = RLConfig
     record_class = Experience
-    best_metric = "reward"
 
     def __init__(self, model, reward_funcs=None, args=None, engine: Engine | None = None, **kwargs):
         args = args if args is not None else self.config_class()
@@ -54,6 +54,7 @@ class RLTrainer(Trainer):
         probe = min((p.input_ids for p in self.train_records), key=len)
         self.sync = WeightSync(self.engine, self.policy, args, probe, self.ranks)
         scoring = {"weights": args.reward_weights, "costs": self.costs}
+        scoring |= {"held_out": args.guard_reward, "share": args.guard_share}
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, **scoring)
         self.completions: list[dict[str, Any]] = []  # of the last evaluation: prompt, completion, rewards, ...
         self.rollouts.check(self.train_records)
@@ -74,6 +75,14 @@ class RLTrainer(Trainer):
         """Raise UserError when there is nothing to learn from."""
         if not self.functions:
             raise UserError("reward_funcs is empty: name at least one, e.g. --reward_funcs answer")
+
+    @property
+    def best_metric(self) -> str:
+        """What the policy does not learn from tells which policy is the best, where there is such."""
+        return "held_out" if self.args.guard_reward else "reward"
+
+    def own_callbacks(self) -> list[Any]:
+        return [] if self.args.guard == "off" else [Guard(self.args.guard, self.args.guard_limits)]
 
     def add_costs(self) -> None:
         """Have responses' costs scored, and their mean limited, if the config names costs."""
@@ -210,8 +219,8 @@ class RLTrainer(Trainer):
         evaluation = evaluate_policy(self.policy, prompts, self.rollouts.functions, **weights, **limits)
         self.completions = evaluation.samples
         figures = {f"eval_{name}": value for name, value in evaluation.items() if isinstance(value, float)}
-        if self.lagrangian is not None:
-            figures["eval_cost"] = self.rollouts.mean_cost(prompts, evaluation.completion_ids)
+        others = self.rollouts.means(prompts, evaluation.completion_ids)
+        figures |= {f"eval_{name}": value for name, value in others.items()}
         if self.policy.has_reference:
             sampled = evaluate_policy(self.policy, prompts, [], temperature=a.temperature, seed=a.seed, **limits)
             figures["eval_kl"] = self.kl_to_reference(prompts, sampled.completion_ids)

@@ -118,6 +118,7 @@ class Trainer(Algorithm):
         self._prepare_optimizer()
         self.step = 0
         self.stopped: str | None = None  # why the run ends before its last step
+        self.rolls_back = False  # and its model is that of the best evaluation
         self.sampler = IndexSampler(len(self.train_records), self.args.seed)
         self.records: Sequence[Any] = []  # of the current round
         self.plan: list[list[int]] = []  # windows of the current round still to come, as indices into records
@@ -210,7 +211,7 @@ class Trainer(Algorithm):
                     log.print(f"{stop.name or 'stopped'}: saved at step {self.step}; continue with --resume")
                     break
                 log.tick(self.step)
-        if self.finished and self.args.load_best_model_at_end:
+        if self.finished and (self.args.load_best_model_at_end or self.rolls_back):
             self.say(load_best(self, out))
         if self.memory_plan is not None and torch.cuda.is_available():
             self.say(memory.compare(self.memory_plan, torch.cuda.max_memory_allocated()))
@@ -264,9 +265,10 @@ class Trainer(Algorithm):
         """Whether the run has made all its steps, used up its data or been told that it is done."""
         return bool(self.stopped) or self.step >= self.total_steps or (not self.plan and self.rows_left <= 0)
 
-    def stop(self, why: str) -> None:
-        """End the run after this step as if it were its last one."""
+    def stop(self, why: str, roll_back: bool = False) -> None:
+        """End the run after this step as if it were its last one; ``roll_back`` to the model of the best evaluation."""
         self.stopped = why
+        self.rolls_back = self.rolls_back or roll_back
 
     @property
     def rows_left(self) -> float:
@@ -442,7 +444,7 @@ class Trainer(Algorithm):
             raise UserError("the best evaluation is asked for, and there is none without an eval_dataset")
         metric = a.metric_for_best_model or self.best_metric
         self.best = Best(metric, a.greater_is_better)
-        specs = [*a.callbacks, *more]
+        specs = [*self.own_callbacks(), *a.callbacks, *more]
         if a.early_stopping_patience is not None:
             stopping = (metric, a.early_stopping_patience, a.early_stopping_threshold, a.greater_is_better)
             specs.insert(0, EarlyStopping(*stopping))
