@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_fast.data.batch import Experience
+from rlhf_fast.data.diversity import distinct
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.model import RewardModel
 
 from .callbacks import Callback
-from .measures import Moments, distinct_n, longest_repeat, variety, within_groups
+from .measures import Moments, longest_repeat, variety, within_groups
 
 if TYPE_CHECKING:
     from .rl import RLTrainer
@@ -147,7 +148,7 @@ def measure(experiences: Sequence[Experience]) -> list[tuple[float, ...]]:
         _kls(experiences),
         lengths,
         [longest_repeat(r) for r in responses],
-        [distinct_n(r, 2) for r in responses],
+        [distinct([r], 2) for r in responses],
         [-x for x in _sums([e.rollout_logprobs for e in experiences])],
         variety(responses, prompts),
         within_groups(rewards, prompts),

@@ -37,12 +37,6 @@ def _longest_run(flags: Tensor) -> int:
     return int((ends[1:] - ends[:-1]).max()) - 1
 
 
-def distinct_n(ids: Sequence[Hashable], n: int) -> float:
-    """Share of different n-grams among those of one response (Li et al. 2016, arXiv:1510.03055); NaN when it has none."""
-    grams = list(zip(*(ids[i:] for i in range(n))))
-    return len(set(grams)) / len(grams) if grams else math.nan
-
-
 def variety(responses: Sequence[Hashable], groups: Sequence[Hashable]) -> list[float]:
     """Of each response, one over how many of its group are the same: their mean is the share of different ones.
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.trainers.measures import Moments, distinct_n, longest_repeat, variety, within_groups
+from rlhf_fast.trainers.measures import Moments, longest_repeat, variety, within_groups
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,6 @@ def test_the_longest_repeat_agrees_with_a_search_over_all_stretches():
             if all(ids[i] == ids[i + unit] for i in range(start, end - unit))
         ]
         assert longest_repeat(ids) == max(stretches, default=0) / length, ids
-
-
-def test_distinct_pairs():
-    """the the the the cat: pairs the-the (3 times), the-cat."""
-    assert distinct_n(["the", "the", "the", "the", "cat"], 2) == 2 / 4
-    assert math.isnan(distinct_n([1], 2))
 
 
 def test_variety_of_groups():
