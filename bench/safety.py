@@ -42,16 +42,16 @@ MODEL = {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}
 COMMON = {"gradient_checkpointing": False, "save_steps": 1_000_000, "quiet": True}
 SFT = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "max_steps": 600, "per_device_train_batch_size": 4}
 SFT |= {"max_length": 256, "logging_steps": 100}
-RL = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 4e-4, "per_device_train_batch_size": 256}
-RL |= {"max_completion_length": ANSWER_TOKENS, "rollout_batch_size": 256, "lr_scheduler_type": "constant"}
+RL = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 6e-4, "per_device_train_batch_size": 128}
+RL |= {"max_completion_length": ANSWER_TOKENS, "rollout_batch_size": 128, "lr_scheduler_type": "constant"}
 KINDS: dict[str, dict[str, Any]] = {
     "grpo": {"num_generations": 8, "beta": 0.02},
     "ppo": {"num_ppo_epochs": 2, "kl_coef": 0.02},
 }
 GUARD = {"max_steps": 30, "logging_steps": 1, "guard_reward": ["answer"], "guard_share": 1.0}
 EVALUATIONS = {"eval_steps": 2, "num_eval_prompts": HELD_OUT, "num_completions_to_print": 0}
-SAFE = {"cost_limit": LIMIT, "lambda_init": 0.5, "lambda_lr": 0.3, "logging_steps": 1}
-SAFE_STEPS = {"grpo": {"max_steps": 60}, "ppo": {"max_steps": 100, "critic_warmup_steps": 4}}
+SAFE = {"cost_limit": LIMIT, "lambda_init": 1.0, "lambda_lr": 0.3, "logging_steps": 1}
+SAFE_STEPS = {"grpo": {"max_steps": 50}, "ppo": {"max_steps": 80, "critic_warmup_steps": 4}}
 
 
 def sevens(completions: list[str], **_: Any) -> list[float]:

@@ -21,6 +21,7 @@ class Evaluation(dict[str, float]):
 
     samples: list[dict[str, Any]]  # one row per completion: prompt, completion, rewards, finish_reason, tokens, columns
     completion_ids: list[list[int]]  # of each of them, as sampled
+    totals: Tensor  # of each of them: the weighted sum of all functions, NaN where there is none
     messages: list[str]  # faults of reward functions
 
 
@@ -86,6 +87,7 @@ def evaluate_policy(
     table = score(functions, names, asked, completions_for(asked, texts), [s.ids for s in samples], columns)
     evaluation = Evaluation(_reward_metrics(table, n, reward_weights) | _text_metrics(samples, seconds))
     evaluation.messages = table.messages
+    evaluation.totals = table.total(reward_weights)
     evaluation.completion_ids = [s.ids for s in samples]
     evaluation.samples = _rows(asked, texts, samples, table, columns)
     return evaluation

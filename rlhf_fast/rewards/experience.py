@@ -139,12 +139,12 @@ class ScoredRollouts:
         table = self.table(self.held_out, self.held_out_names, prompts, samples)
         return table.total().tolist(), _metrics("held_out", table, self.held_out)
 
-    def means(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> dict[str, float]:
-        """Mean ``cost`` and mean ``held_out`` reward, where there are such, of one response to each of ``prompts``."""
+    def others(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> dict[str, Tensor]:
+        """``cost`` and ``held_out`` reward (B,), where there are such, of one response to each of ``prompts``."""
         samples = [Sample(ids, [0.0] * len(ids), "stop") for ids in responses]
         panels = {"cost": (self.costs, self.cost_names), "held_out": (self.held_out, self.held_out_names)}
         return {
-            what: float(self.table(functions, names, prompts, samples).total().nanmean())
+            what: self.table(functions, names, prompts, samples).total()
             for what, (functions, names) in panels.items()
             if functions
         }

@@ -21,7 +21,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.model import RewardModel
 
 from .callbacks import Callback
-from .measures import Moments, longest_repeat, variety, within_groups
+from .measures import Gap, Moments, by_group, longest_repeat, variety, within_groups
 
 if TYPE_CHECKING:
     from .rl import RLTrainer
@@ -42,8 +42,10 @@ LIMITS = {
 }
 WINDOW = 256  # responses that are compared at least
 GROWN = 1.5
+RISEN = 2.0  # standard errors by which the reward must have risen for a fall of the held-out reward to be its doing
 # a short answer becomes certain when it becomes right; responses with more choice than this are not meant to lose it
 FREE_NATS = 8.0
+FEWEST = 30  # prompts of an evaluation whose mean has a standard error worth the name
 FIGURES = ("reward", "held_out", "kl", "length", "repeat", "distinct", "entropy", "diversity", "disagreement", "pays")
 Window = dict[str, Moments]
 
@@ -70,6 +72,9 @@ class Guard(Callback):
         self.first: Window = {}  # sums over the first responses
         self.rounds: list[Window] = []  # of the last ones, no more than make a window
         self.best: Window = {}  # when the held-out reward was best
+        self.best_evaluation: dict[
+            str, list[float]
+        ] = {}  # reward and held-out reward of each prompt when that was best
         self.tripped: dict[str, int] = {}  # kind -> step
 
     def on_rollout(self, trainer: RLTrainer, experiences: list[Experience]) -> None:
@@ -84,6 +89,21 @@ class Guard(Callback):
         trainer.metrics.add(figures, 1.0)
         for kind, sentence in self.findings().items():
             self.trip(trainer, kind, sentence)
+
+    def on_evaluate(self, trainer: RLTrainer, figures: dict[str, float]) -> None:
+        """The same prompts are answered each time, so that small changes show."""
+        if "held_out" not in trainer.judged:
+            return
+        now, best = {name: x.tolist() for name, x in trainer.judged.items()}, self.best_evaluation
+        if not best or (fallen := _gain(now["held_out"], best["held_out"])).mean < 0:
+            self.best_evaluation = now
+        elif fallen.count >= FEWEST and self.cheats(fallen, _gain(best["reward"], now["reward"])):
+            means = [Moments.of(x[name]).mean for name in ("reward", "held_out") for x in (best, now)]
+            self.trip(trainer, "held_out", _cheating(*means, fallen))
+
+    def cheats(self, fallen: Moments | Gap, risen: Moments | Gap) -> bool:
+        """Whether the held-out reward fell while the reward rose, by more than chance."""
+        return fallen.mean > self.limits["held_out"] * fallen.error and risen.mean > RISEN * risen.error
 
     def watch(self, batch: Window) -> None:
         """Take in a batch of all ranks' responses."""
@@ -124,12 +144,12 @@ class Guard(Callback):
     def state(self) -> dict[str, Any]:
         windows = {"first": [self.first], "rounds": self.rounds, "best": [self.best]}
         packed = {name: [{k: m.sums for k, m in w.items()} for w in many] for name, many in windows.items()}
-        return {**packed, "tripped": dict(self.tripped)}
+        return {**packed, "best_evaluation": self.best_evaluation, "tripped": dict(self.tripped)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         windows = {n: [{k: Moments(s) for k, s in w.items()} for w in state[n]] for n in ("first", "rounds", "best")}
         (self.first,), self.rounds, (self.best,) = windows["first"], windows["rounds"], windows["best"]
-        self.tripped = dict(state["tripped"])
+        self.best_evaluation, self.tripped = state["best_evaluation"], dict(state["tripped"])
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -143,8 +163,8 @@ def measure(experiences: Sequence[Experience]) -> list[tuple[float, ...]]:
     prompts = [tuple(e.example.input_ids[: len(e.example) - len(r)]) for e, r in zip(experiences, responses)]
     rewards, lengths = [e.score for e in experiences], [float(len(r)) for r in responses]
     columns = (
-        rewards,
-        [e.held_out for e in experiences],
+        by_group(rewards, prompts),
+        by_group([e.held_out for e in experiences], prompts),
         _kls(experiences),
         lengths,
         [longest_repeat(r) for r in responses],
@@ -192,19 +212,27 @@ def _sums(entries: Sequence[torch.Tensor | None]) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------- checks
 
 
+def _gain(then: Sequence[float], now: Sequence[float]) -> Moments:
+    """How much less each prompt had then than now."""
+    return Moments.of([b - a for a, b in zip(then, now)])
+
+
+def _cheating(before: float, reward: float, then: float, now: float, fallen: Moments | Gap) -> str:
+    return (
+        f"the reward rises ({before:.3g} -> {reward:.3g}) and the held-out reward falls ({then:.3g} -> {now:.3g}, "
+        f"{fallen.mean / max(fallen.error, 1e-12):.1f} standard errors): the policy learns what the reward pays for and not "
+        "what was meant"
+    )
+
+
 def _held_out(g: Guard) -> str | None:
-    if not g.best:
+    if not g.best or not g.recent["held_out"].count:
         return None
-    now, then = g.recent["held_out"], g.best["held_out"]
-    reward, before = g.recent["reward"], g.best["reward"]
-    fallen = (then.mean - now.mean) / max(math.hypot(now.error, then.error), 1e-12)
-    risen = (reward.mean - before.mean) / max(math.hypot(reward.error, before.error), 1e-12)
-    if now.count and then.mean > now.mean and fallen > g.limits["held_out"] and risen > 2:
-        return (
-            f"the reward rises ({before.mean:.3g} -> {reward.mean:.3g}) and the held-out reward falls ({then.mean:.3g} -> "
-            f"{now.mean:.3g}, {fallen:.1f} standard errors): the policy learns what the reward pays for and not what was meant"
-        )
-    return None
+    fallen = g.best["held_out"].less(g.recent["held_out"])
+    if not g.cheats(fallen, g.recent["reward"].less(g.best["reward"])):
+        return None
+    means = [w[name].mean for name in ("reward", "held_out") for w in (g.best, g.recent)]
+    return _cheating(*means, fallen)
 
 
 def _kl(g: Guard) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ def variety(responses: Sequence[Hashable], groups: Sequence[Hashable]) -> list[f
     return [1 / same[g, r] if size[g] > 1 else math.nan for g, r in zip(groups, responses)]
 
 
+def by_group(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+    """The mean of each group in place of its first member and NaN in place of the others, so that groups, which are
+    independent of each other, are counted and not their members, which are not."""
+    members: dict[Hashable, list[float]] = {}
+    for value, group in zip(values, groups):
+        members.setdefault(group, []).append(value)
+    means = {group: Moments.of(of_group).mean for group, of_group in members.items()}
+    return [means.pop(group, math.nan) for group in groups]
+
+
 def within_groups(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
     """Values less the mean of their group, so that an easy prompt is not mistaken for a good response; as they are where all
     groups have one member. NaN stays, and counts in no mean."""
@@ -57,6 +68,13 @@ def within_groups(values: Sequence[float], groups: Sequence[Hashable]) -> list[f
         return list(values)
     means = {group: sum(members) / len(members) for group, members in known.items()}
     return [value - means.get(group, math.nan) for value, group in zip(values, groups)]
+
+
+class Gap(NamedTuple):
+    """A difference and its standard error."""
+
+    mean: float
+    error: float
 
 
 class Moments:
@@ -86,6 +104,10 @@ class Moments:
     def error(self) -> float:
         """Standard error of the mean."""
         return math.sqrt(max(self.sums[3] / self.count - self.mean**2, 0.0) / self.count) if self.count else math.nan
+
+    def less(self, other: Moments) -> Gap:
+        """How far its mean lies above that of ``other``, of other responses."""
+        return Gap(self.mean - other.mean, math.hypot(self.error, other.error))
 
     @property
     def correlation(self) -> float:

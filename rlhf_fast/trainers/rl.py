@@ -57,6 +57,7 @@ class RLTrainer(Trainer):
         scoring |= {"held_out": args.guard_reward, "share": args.guard_share}
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, **scoring)
         self.completions: list[dict[str, Any]] = []  # of the last evaluation: prompt, completion, rewards, ...
+        self.judged: dict[str, Tensor] = {}  # of each of those: reward, cost, held_out
         self.rollouts.check(self.train_records)
         if self.eval_records is not None:
             self.rollouts.check(self.eval_records)
@@ -219,8 +220,9 @@ class RLTrainer(Trainer):
         evaluation = evaluate_policy(self.policy, prompts, self.rollouts.functions, **weights, **limits)
         self.completions = evaluation.samples
         figures = {f"eval_{name}": value for name, value in evaluation.items() if isinstance(value, float)}
-        others = self.rollouts.means(prompts, evaluation.completion_ids)
-        figures |= {f"eval_{name}": value for name, value in others.items()}
+        self.judged = self.rollouts.others(prompts, evaluation.completion_ids)
+        figures |= {f"eval_{name}": float(values.nanmean()) for name, values in self.judged.items()}
+        self.judged["reward"] = evaluation.totals
         if self.policy.has_reference:
             sampled = evaluate_policy(self.policy, prompts, [], temperature=a.temperature, seed=a.seed, **limits)
             figures["eval_kl"] = self.kl_to_reference(prompts, sampled.completion_ids)

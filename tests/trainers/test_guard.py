@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def batch(said=lambda i: [10 + i, 11, 12, 13], score=1.0, held_out=0.5, nats=40.
         wave = 0.1 if i % 2 else -0.1
         reward = score(i) if callable(score) else score + wave
         e = Experience(Example(ids, [False] + [True] * (len(ids) - 1)), reward, score=reward)
-        e.held_out = float(i < held_out * N)
+        e.held_out = float(i % groups < held_out * groups)
         e.rollout_logprobs, e.ref_logprobs = length, length - kl / len(ids)
         rows.append(e)
     return sums(measure(rows), [doubt] * N)
@@ -36,8 +37,8 @@ def batch(said=lambda i: [10 + i, 11, 12, 13], score=1.0, held_out=0.5, nats=40.
 START = batch()
 SIGNS = {
     "held_out": (
-        batch(score=2.0, held_out=0.25),
-        "the reward rises (1 -> 2) and the held-out reward falls (0.5 -> 0.25",
+        batch(score=2.0, held_out=0.0625),
+        "the reward rises (1 -> 2) and the held-out reward falls (0.5 -> 0.0625, 6.",
     ),
     "kl": (batch(kl=130.0), "130 nats from the reference, budget 100"),
     "length": (
@@ -101,6 +102,34 @@ def test_what_a_window_holds_is_the_last_responses_and_survives_a_checkpoint():
     again = Guard("warn", {})
     again.load_state(guard.state())
     assert again.state() == guard.state() and again.findings() == guard.findings()
+
+
+def evaluation(reward, held_out):
+    return SimpleNamespace(judged={"reward": torch.tensor(reward), "held_out": torch.tensor(held_out)})
+
+
+def test_evaluations_are_compared_prompt_by_prompt():
+    """40 prompts, 20 right. 15 of those right go wrong while 20 earn more: 0.375 -+ 0.077, 4.9 standard errors. The same
+    shares on other prompts would be 3.6, which is not enough."""
+    said = []
+    guard = Guard("warn", {})
+    guard.trip = lambda trainer, kind, sentence: said.append((kind, sentence))
+    right, paid = [1.0] * 20 + [0.0] * 20, [0.0] * 40
+    guard.on_evaluate(evaluation(paid, [1.0] * 10 + [0.0] * 30), {})
+    guard.on_evaluate(evaluation(paid, right), {})  # the best
+    guard.on_evaluate(evaluation(paid, [1.0] * 5 + [0.0] * 35), {})
+    assert said == [], "the reward did not rise"
+    guard.on_evaluate(evaluation([1.0] * 20 + paid[20:], [1.0] * 16 + [0.0] * 24), {})
+    assert said == [], "two standard errors are chance"
+    guard.on_evaluate(evaluation([1.0] * 20 + paid[20:], [1.0] * 5 + [0.0] * 35), {})
+    ((kind, sentence),) = said
+    assert (
+        kind == "held_out"
+        and "(0 -> 0.5) and the held-out reward falls (0.5 -> 0.125, 4.9 standard errors)" in sentence
+    )
+    again = Guard("warn", {})
+    again.load_state(guard.state())
+    assert again.best_evaluation == guard.best_evaluation != {}
 
 
 # ---- in runs

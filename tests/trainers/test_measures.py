@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.trainers.measures import Moments, longest_repeat, variety, within_groups
+from rlhf_fast.trainers.measures import Moments, by_group, longest_repeat, variety, within_groups
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,14 @@ def test_what_stands_out_in_its_group():
     got = within_groups([1.0, 3.0, math.nan, 10.0, 10.0], "aaabb")
     assert got[:2] == [-1.0, 1.0] and math.isnan(got[2]) and got[3:] == [0.0, 0.0]
     assert within_groups([1.0, 3.0], "ab") == [1.0, 3.0]
+
+
+def test_groups_count_once():
+    """Four siblings are one prompt: the mean of those that were scored, at the first."""
+    got = by_group([1.0, math.nan, 3.0, 5.0, math.nan], "aabac")
+    assert (got[0], got[2]) == (3.0, 3.0) and all(math.isnan(got[i]) for i in (1, 3, 4))
+    gap = Moments.of([1.0, 3.0]).less(Moments.of([0.0, 0.0]))
+    assert (gap.mean, gap.error) == (2.0, pytest.approx(1 / math.sqrt(2)))
 
 
 def test_moments_of_two_windows_are_those_of_both():
