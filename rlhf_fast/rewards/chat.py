@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import inspect
 import itertools
 import os
 import random
@@ -161,10 +162,15 @@ def connect(
         UserError: nothing to ask, nobody there, or an option that a local model does not have.
     """
     wording, keep = Wording(temperature, max_new_tokens, seed), {"cache": cache, "give_up_after": give_up_after}
+    known = [n for n, p in inspect.signature(UrlChat).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"chat: has no option '{unknown[0]}'; of a server it has {', '.join(known)}")
     if url is not None:
         return UrlChat(url, model, wording, **keep, **options)
     if model is None:
         raise UserError("chat: name a model to ask: a folder or a Hugging Face name, or the URL of a server")
+    if options:
+        raise UserError(f"chat: '{next(iter(options))}' is an option of servers, and there is no url")
     return LocalChat(model, wording, batch_size=batch_size, **keep)
 
 

@@ -95,7 +95,7 @@ class Judge:
         together: in a group, completions shown at once: 2 compares every pair (K (K - 1) calls), K needs 2 calls.
         swap: in a group, show the reverse of every order too and count only what both say.
         cache: file in which every verdict is kept and looked up; None keeps them in memory.
-        options: of :func:`rlhf_fast.rewards.chat.connect`.
+        the rest: options of :func:`rlhf_fast.rewards.chat.connect`; None leaves its default.
     Raises:
         UserError: nobody to ask, or a wrong option.
     """
@@ -117,22 +117,25 @@ class Judge:
         seed: int = 0,
         batch_size: int = 64,
         api_key_env: str | None = None,
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        retries: int = 6,
-        backoff: float = 1.0,
-        deadline: float = 600.0,
+        concurrency: int | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+        backoff: float | None = None,
+        deadline: float | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         if mode not in ("score", "group"):
             raise UserError(f"reward 'judge': mode is score or group, got {mode!r}")
         self.mode = mode
-        options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-        if url is None:
-            options |= {"batch_size": batch_size}
-        else:
-            options |= {"concurrency": concurrency, "timeout": timeout, "retries": retries, "backoff": backoff}
-            options |= {"deadline": deadline, "extra": extra} | ({"api_key_env": api_key_env} if api_key_env else {})
+        server = {"api_key_env": api_key_env, "concurrency": concurrency, "timeout": timeout, "retries": retries}
+        server |= {"backoff": backoff, "deadline": deadline, "extra": extra}
+        options: dict[str, Any] = {name: value for name, value in server.items() if value is not None}
+        options |= {
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
         rules = Rubric(rubric or ("score" if mode == "score" else "compare"))
         self.needs = tuple(rules.columns)
         self.panel = Panel(connect(model, url, cache=cache, **options), rules, together, swap)

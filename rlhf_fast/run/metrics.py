@@ -83,7 +83,7 @@ class MetricsLog:
         values = {key: _number(key, value) for key, value in metrics.items()}
         line = {"step": step, "time": round(time.perf_counter() - self._started, 3), **_finite(values)}
         # a line is flushed whole: a kill loses at most the one being written, and resuming drops a torn one
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.log(values, step=step)

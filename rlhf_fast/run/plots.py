@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_fast.run.fonts import fonts_for
 from rlhf_fast.run.metrics import format_number, read_metrics
 
 if TYPE_CHECKING:
@@ -47,11 +48,13 @@ def plot_run(run_dir: Path | str, keys: Sequence[str] | None = None, headline: s
     folder.mkdir(parents=True, exist_ok=True)
     headline = headline if headline in series else keys[0]
     name = Path(run_dir).resolve().name
-    curves, single = folder / "curves.png", folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', headline)}.png"
+    file_name = re.sub(r"[^\w.-]+", "-", headline)
+    curves, single = folder / "curves.png", folder / f"{file_name}.png"
     if single == curves:
         single = folder / "curves-headline.png"
-    _draw(curves, name, {key: series[key] for key in keys})
-    _draw(single, name, {headline: series[headline]})
+    with fonts_for([name, headline, *keys]):
+        _draw(curves, name, {key: series[key] for key in keys})
+        _draw(single, name, {headline: series[headline]})
     return [curves, single]
 
 
@@ -62,20 +65,21 @@ def plot_bars(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.6 + 1.1 * len(names), 3.6), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    panel = figure.subplots()
-    bars = panel.bar(names, values, width=0.6, color=_CURVE, yerr=errors, ecolor=_INK, capsize=4)
-    panel.bar_label(bars, [format_number(float(f"{v:.3g}")) for v in values], padding=3, color=_INK, fontsize=9)
-    panel.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", parse_math=False)
-    panel.grid(True, axis="y", color=_GRID, linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right", "left"]].set_visible(False)
-    panel.spines["bottom"].set_color("#c3c8ce")
-    panel.tick_params(colors="#4b5563", labelsize=9, length=0)
-    panel.margins(y=0.15)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with fonts_for([title, *names]):
+        figure = Figure(figsize=(1.6 + 1.1 * len(names), 3.6), dpi=150, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        panel = figure.subplots()
+        bars = panel.bar(names, values, width=0.6, color=_CURVE, yerr=errors, ecolor=_INK, capsize=4)
+        panel.bar_label(bars, [format_number(float(f"{v:.3g}")) for v in values], padding=3, color=_INK, fontsize=9)
+        panel.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", parse_math=False)
+        panel.grid(True, axis="y", color=_GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.spines["bottom"].set_color("#c3c8ce")
+        panel.tick_params(colors="#4b5563", labelsize=9, length=0)
+        panel.margins(y=0.15)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
     return Path(path)
 
 

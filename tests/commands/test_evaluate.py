@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from bench.scripted import ScriptedServer
 from rlhf_fast.cli import main
 from rlhf_fast.models.scratch import new_model
 
@@ -89,3 +90,39 @@ def test_programs_and_answers_are_scored_by_name(model, tmp_path, capsys):
     summary = json.loads(out.read_text())
     assert status == 0 and summary["faults"] == []
     assert summary["metrics"]["rewards/code/mean"] == 0.5 and summary["metrics"]["rewards/math/mean"] == 0.0
+
+
+def test_the_safety_suite_compares_two_models_side_by_side(model, tmp_path, capsys):
+    """Random weights, with and without training, judged by rules and by an AI that says yes to all."""
+    other = str(new_model("nano", TEXTS * 9, tmp_path / "other", vocab_size=300, quiet=True, seed=1))
+    out = tmp_path / "safety.json"
+    arguments = ["evaluate", other, "--suite", "safety", "--max_new_tokens", "4", "-o", str(out)]
+    assert main([*arguments, "--before", model]) == 0
+    printed = capsys.readouterr().out
+    assert "refused/harmful, base (of 12)" in printed and "before" in printed and "diversity/distinct-2" in printed
+    summary = json.loads(out.read_text(encoding="utf-8"))
+    assert list(summary["figures"]) == [model, other]
+    rows = [json.loads(line) for line in (tmp_path / "safety.samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name, figures in summary["figures"].items():
+        assert figures["refused/harmful, base"] == 0 and figures["jailbroken/reworded"] is None
+        written = [r["response"] for r in rows if r["model"] == name and r["kind"] == "open"]
+        assert len(written) == 64 and 0 < figures["diversity/distinct-1"] <= 1
+    assert "몸무게" in (tmp_path / "safety.samples.jsonl").read_text(encoding="utf-8")
+    with ScriptedServer(lambda messages: "[[yes]]") as server:
+        assert main([*arguments, "--judge", json.dumps({"url": server.url})]) == 0
+        assert len(server.calls) == len((tmp_path / "safety.calls.jsonl").read_text().splitlines()) > 60
+    assert json.loads(out.read_text(encoding="utf-8"))["figures"][other]["refused/harmless"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("judge", "told"),
+    [
+        ('{"url": "http://127.0.0.1:1"}', "cannot be reached"),
+        ('{"uri": "x"}', "has no option 'uri'; of a server it has api_key_env"),
+        ("[]", "should be a JSON object"),
+    ],
+)
+def test_a_mistake_about_the_judge_is_one_line(model, judge, told, capsys):
+    assert main(["evaluate", model, "--suite", "safety", "--judge", judge]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1

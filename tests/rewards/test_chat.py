@@ -194,6 +194,8 @@ def test_the_key_comes_from_the_environment_and_appears_nowhere(monkeypatch, tmp
         ({"url": "http://127.0.0.1:1", "timeout": 0}, "timeout and deadline above 0"),
         ({"url": "http://127.0.0.1:1", "temperature": -1}, "temperature >= 0"),
         ({}, "name a model to ask"),
+        ({"url": "http://127.0.0.1:1", "time_out": 3}, "no option 'time_out'; of a server it has api_key_env, concurrency"),
+        ({"model": "m", "timeout": 3}, "'timeout' is an option of servers, and there is no url"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_told_before_anything_is_asked(arguments, told):

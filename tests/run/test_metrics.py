@@ -178,3 +178,10 @@ def test_a_table_takes_rows_or_a_mapping_and_any_text(capsys):
     out = capsys.readouterr().out
     for part in ("result [held-out]", "[before]", "accuracy", "0.2500", "loss", "0.1250"):
         assert part in out
+
+
+def test_names_in_any_script_are_written_as_they_are(tmp_path):
+    with MetricsLog(tmp_path, ["정답률"], 1, quiet=True) as log:
+        log.log(1, {"정답률": 0.5})
+    assert '"정답률": 0.5' in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert read_metrics(tmp_path)[0]["정답률"] == 0.5
