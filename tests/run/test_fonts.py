@@ -14,17 +14,21 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rlhf_fast.run import fonts
 from rlhf_fast.run.fonts import KNOWN, fonts_for
 from rlhf_fast.run.plots import plot_bars, plot_run
 
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """install(family, characters): a font for this test, beside matplotlib's own; no others are there."""
+    """install(family, characters, listed=True): a font for this test, beside matplotlib's own; no others are there."""
     own = [entry for entry in font_manager.fontManager.ttflist if "matplotlib" in entry.fname]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    files = []
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: files)
+    fonts._look_again.cache_clear()
 
-    def add(family: str, characters: str) -> None:
+    def add(family: str, characters: str, listed: bool = True) -> None:
         pen = TTGlyphPen(None)
         for step, point in enumerate([(100, 0), (100, 700), (800, 700), (800, 0)]):
             (pen.lineTo if step else pen.moveTo)(point)
@@ -42,10 +46,13 @@ def install(monkeypatch, tmp_path):
         font.setupPost()
         path = tmp_path / f"{family}.ttf"
         font.save(path)
-        font_manager.fontManager.addfont(path)
+        files.append(str(path))
+        if listed:
+            font_manager.fontManager.addfont(path)
 
     yield add
     font_manager.fontManager._findfont_cached.cache_clear()
+    fonts._look_again.cache_clear()
 
 
 def picture(text):
@@ -76,6 +83,14 @@ def test_a_known_font_is_taken_before_one_that_happens_to_have_the_glyphs(instal
         assert matplotlib.rcParams["font.family"][-1] == KNOWN[2]
     with fonts_for(["률"]):
         assert matplotlib.rcParams["font.family"][-1] == "A Decorative Font"
+
+
+def test_a_font_installed_since_matplotlib_made_its_list_is_found(install, tmp_path):
+    install("New Hangul", "정답", listed=False)
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    font_manager.findSystemFonts().append(str(tmp_path / "broken.ttf"))
+    with fonts_for(["정답"]):
+        assert matplotlib.rcParams["font.family"][-1] == "New Hangul"
 
 
 def test_latin_text_changes_nothing(install):
