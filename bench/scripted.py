@@ -17,8 +17,8 @@ class ScriptedServer(ThreadingHTTPServer):
 
     Args:
         reply: the text to answer, from the messages.
-        plan: what happens to the first calls instead: a status, (status, headers), HANG, DROP, GARBAGE, a dict (an odd
-            answer), or None for the usual reply.
+        plan: what happens to the first calls instead: a status, (status, headers) in which a function is called for its
+            value, HANG, DROP, GARBAGE, a dict (an odd answer), or None for the usual reply.
         key: the bearer token to demand; None lets everybody in.
     """
 
@@ -70,11 +70,12 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.calls.append(body)
+            count = len(server.calls)
             fault = server.plan.popleft() if server.plan else None
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         try:
-            server.before(len(server.calls))
+            server.before(count)
             self._respond(body, fault)
         finally:
             with server.lock:
@@ -110,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in dict(headers).items():
-            self.send_header(name, value)
+            self.send_header(name, value() if callable(value) else value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

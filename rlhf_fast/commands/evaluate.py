@@ -64,10 +64,9 @@ def main(argv: Sequence[str]) -> int:
     add_model_options(parser)
     add_sampling_options(parser)
     args = parser.parse_args(argv)
+    _check(parser, args)
     if args.suite:
         return _safety(args)
-    if missing := [f"--{name}" for name in ("dataset_name", "reward_funcs") if not getattr(args, name)]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
 
     from rlhf_fast.data import load_records, prepare_prompts
     from rlhf_fast.rewards import evaluate_policy, resolve_all
@@ -105,6 +104,16 @@ def main(argv: Sequence[str]) -> int:
     if args.output:
         _write(result, Path(args.output), vars(args))
     return 0
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    """Data with rewards, or a suite, which brings its own prompts, verdicts and temperature."""
+    data, suite = ("dataset_name", "reward_funcs", "split", "limit", "n", "temperature"), ("before", "judge")
+    if stray := [name for name in (data if args.suite else suite) if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"--{stray[0]} goes {'without --suite' if args.suite else 'with --suite'} only")
+    missing = [f"--{name}" for name in data[:2] if not getattr(args, name)]
+    if missing and not args.suite:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
 def _safety(args: argparse.Namespace) -> int:

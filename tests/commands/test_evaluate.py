@@ -126,3 +126,17 @@ def test_a_mistake_about_the_judge_is_one_line(model, judge, told, capsys):
     assert main(["evaluate", model, "--suite", "safety", "--judge", judge]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--suite", "safety", "--reward_funcs", "answer"), "--reward_funcs goes without --suite only"),
+        (("--suite", "safety", "--temperature", "1"), "--temperature goes without --suite only"),
+        (("--dataset_name", "x", "--reward_funcs", "answer", "--before", "y"), "--before goes with --suite only"),
+        ((), "the following arguments are required: --dataset_name, --reward_funcs"),
+    ],
+)
+def test_what_a_suite_and_data_do_not_share_is_refused(arguments, told, capsys):
+    assert main(["evaluate", "nowhere", *arguments]) == 2
+    assert told in capsys.readouterr().err

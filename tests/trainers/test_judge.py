@@ -7,7 +7,7 @@ import re
 import pytest
 
 from bench.scripted import ScriptedServer
-from rlhf_fast import GRPOConfig, GRPOTrainer
+from rlhf_fast import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 
 # response -> grade; "three" gets no verdict
 SCRIPT = {"1+1=": ["2", "two", "three", "4"], "go ": ["left", "right", "up", "down"]}
@@ -54,3 +54,14 @@ def test_grpo_is_scored_by_comparisons_within_each_group(model, tokenizer, setti
     scores = [1, 2 / 3, 1 / 3, 0, 1, 2 / 3, 1 / 6, 1 / 6]
     variance = sum((s - 0.5) ** 2 for s in scores) / 7
     assert steps[0]["rewards/judge/std"] == pytest.approx(variance**0.5, rel=1e-3)
+
+
+def test_ppo_is_scored_by_the_judge(model, tokenizer, settings, scripted, run):
+    """One response a prompt, grades 10 and 4: scores 1 and 1/3."""
+    with ScriptedServer(grader) as server:
+        reward = [{"name": "judge", "url": server.url}]
+        args = PPOConfig(**settings(per_device_train_batch_size=2, max_steps=1), reward_funcs=reward)
+        rows = [{"prompt": p} for p in SCRIPT]
+        made = PPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, engine=scripted(SCRIPT))
+        (step,) = run(made).steps
+    assert step["objective/scores"] == pytest.approx((1 + 1 / 3) / 2)
