@@ -78,7 +78,7 @@ def test_a_server_that_never_answers_costs_no_more_than_the_timeout_and_the_dead
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_everybody_waits_as_long_as_the_server_asks(as_date):
+def test_the_next_try_waits_as_long_as_the_server_asks(as_date):
     """A date has whole seconds: 2 of them are 1 to 2 from now."""
     wait = (lambda: email.utils.formatdate(time.time() + 2, usegmt=True)) if as_date else "0.4"
     times = []
@@ -87,6 +87,23 @@ def test_everybody_waits_as_long_as_the_server_asks(as_date):
         replies = ask(connect(None, server.url, concurrency=1, **QUICK), "a", "b")
     assert [r.text for r in replies] == ["you said a", "you said b"]
     assert min(times[1:]) - times[0] >= 0.4
+
+
+def test_while_one_is_told_to_wait_nobody_else_is_sent():
+    """Two at a time: the first is told to wait 2 s; the second is answered before, and the third must not be sent until then."""
+    times = {}
+
+    def before(count):
+        times[server.calls[count - 1]["messages"][0]["content"]] = time.monotonic()
+        if count == 2:
+            time.sleep(0.5)  # until the client has read the refusal
+
+    with ScriptedServer(echo, plan=[(429, {"Retry-After": "2"})]) as server:
+        server.before = before
+        assert [r.text for r in ask(connect(None, server.url, concurrency=2, **QUICK), *"abc")] == [
+            f"you said {c}" for c in "abc"
+        ]
+    assert times["c"] - times["b"] >= 1.2
 
 
 def test_a_pause_beyond_the_deadline_is_not_waited_for():
