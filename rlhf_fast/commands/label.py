@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from rlhf_fast.feedback.people.store import Store
 
     if args.model is not None:
-        args.data = str(_labels(args).with_suffix(".responses.jsonl"))
+        args.data = str(_responses(args))
         return _label_while_writing(args)
     items, imported, alone = _items(args)
     if alone:
@@ -113,8 +113,18 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _labels(args: argparse.Namespace) -> Path:
-    source = Path(args.output or args.prompts or args.data)
-    return source if args.output else Path(re.sub(r"(\.responses)?\.\w+(\.gz)?$", "", source.name) + ".labels.jsonl")
+    """Where the answers are: beside what they are about, unless told otherwise."""
+    if args.output:
+        return Path(args.output)
+    source = Path(args.prompts or args.data)
+    name = re.sub(r"(\.responses)?\.\w+(\.gz)?$", "", source.name) + ".labels.jsonl"
+    return source.with_name(name) if source.exists() else Path(name)
+
+
+def _responses(args: argparse.Namespace) -> Path:
+    """Where --model writes: a name from which `_labels` comes to the same answers again."""
+    labels = _labels(args)
+    return labels.with_name(labels.name.removesuffix(".jsonl").removesuffix(".labels") + ".responses.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------------ items and labels

@@ -216,7 +216,23 @@ def test_a_mistake_is_one_line_and_loses_nothing(arguments, told, data, tmp_path
     assert data.read_bytes() == before
 
 
-def test_the_answers_of_a_file_lie_beside_it_unless_told_otherwise():
-    names = {"my.jsonl": "my.labels.jsonl", "my.responses.jsonl": "my.labels.jsonl", "a.json.gz": "a.labels.jsonl"}
-    for data, labels in names.items():
-        assert str(command._labels(command._parser().parse_args([data]))) == labels
+def test_the_answers_of_a_file_lie_beside_it_unless_told_otherwise(data):
+    def labels(*arguments):
+        return str(command._labels(command._parser().parse_args([*map(str, arguments)])))
+
+    assert labels(data) == str(data.with_name("data.labels.jsonl"))
+    assert labels(data, "-o", "mine.jsonl") == "mine.jsonl"
+    names = {"my.responses.jsonl": "my.labels.jsonl", "a.json.gz": "a.labels.jsonl", "owner/name": "name.labels.jsonl"}
+    assert {name: labels(name) for name in names} == names
+
+
+@pytest.mark.parametrize("output", [[], ["-o", "people.jsonl"]])
+def test_what_a_model_wrote_leads_to_the_same_answers_again(output, tmp_path, monkeypatch):
+    """As in the README: label --model ... -o people.jsonl, then label people.responses.jsonl -o people.jsonl --export ..."""
+    monkeypatch.chdir(tmp_path)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
+    writing = command._parser().parse_args(["--model", "m", "--prompts", str(prompts), *output])
+    responses = command._responses(writing)
+    responses.touch()
+    assert responses.name == ("people.responses.jsonl" if output else "prompts.responses.jsonl")
+    assert command._labels(command._parser().parse_args([str(responses), *output])) == command._labels(writing)
