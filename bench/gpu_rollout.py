@@ -53,7 +53,9 @@ def run_rollout(suite: Suite, dry: bool) -> None:
         if suite.left < LEAST:
             suite.verdicts[name] = "left out: no time"
             continue
-        command = python("-m", "bench.rollout", *ORDER, "--batches", str(batch), "--out", str(suite.out))
+        command = python(
+            "-m", "bench.rollout", *ORDER, "--batches", str(batch), "--rounds", "1", "--out", str(suite.out)
+        )
         command += ["--prompts", "4", "--longest", "12"] if dry else ["--shape", "7b"]
         limit = seconds * (PATIENCE if dry else 1)
         suite.run(Step(name, [*command, "--seconds", str(0.6 * limit)], limit, tail=8))

@@ -1,12 +1,15 @@
 """Tokens per second of rollouts: the slot engine beside ``transformers.generate`` and transformers' continuous batching.
 
-    python -m bench.rollout [CONTENDER ...] [--shape cpu|7b] [--prompts 64] [--n 4] [--longest 256] [--rounds 1]
+    python -m bench.rollout [CONTENDER ...] [--shape cpu|7b] [--prompts 64] [--n 4] [--longest 256] [--rounds 3]
+    python -m bench.rollout --memory      # of the slot engine, by the number of requests
 
 Every contender continues the same prompts, ``--n`` samples each, at temperature 1 to the same lengths: prompts and responses
 are ragged, between 8 and ``--longest`` tokens, the response length drawn per prompt, and nothing ends a response early.
-``generate`` takes prompts sorted by length in batches, the best of ``--batches``; a batch runs until its longest response is
-complete, and only the tokens that were asked for count. Before anything is timed, each contender's greedy tokens
-are compared with those of ``transformers.generate`` one prompt at a time. Weights are random.
+``generate`` takes prompts sorted by length in batches; a batch runs until its longest response is complete, and only the tokens
+that were asked for count. Unless ``--batches`` names sizes, each contender is tried with 64 sequences at a time, then with twice
+and half as many until it gets slower on both sides; its best size is then run ``--rounds`` times in all, everybody in turn.
+Before anything is timed, each contender's greedy tokens are compared with those of ``transformers.generate`` one prompt at a time.
+Weights are random. With one thread on a CPU it is CPU seconds that count: they hardly notice what else the machine does.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +30,8 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from bench.report import machine, put_rows, version
+from bench import host
+from bench.report import machine, put_rows, read_text, version
 from rlhf_fast.models import Policy
 from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine
 
@@ -55,6 +60,8 @@ COLUMNS = (
 )
 COLUMNS += ("max_s", "median_cpu_s", "tokens_per_second", "of_bandwidth", "peak_gb", "rounds", "machine")
 COLUMNS += ("date", "versions")
+START = 64  # sequences at a time that the search for the best number begins with
+MEMORY_COLUMNS = ("requests", "samples", "tokens", "peak_mb", "cache_mb", "machine", "date", "versions")
 KEY = ("shape", "device", "threads", "prompts", "n", "longest", "contender", "batch")
 
 
@@ -171,33 +178,129 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4, help="samples per prompt")
     parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt and of a response, at most")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[64, 128, 256], help="sequences at a time, each tried"
+        "--batches", type=int, nargs="+", help="sequences at a time, each tried; the best is searched when not given"
     )
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after this long")
+    parser.add_argument("--memory", action="store_true", help="measure memory by the number of requests instead")
     parser.add_argument("-o", "--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    began = time.perf_counter()
-    policy = build(args.shape)
-    device = policy.device.type
-    path = args.out / f"rollout-{device}.csv"
-    work = Work.of(args.prompts, args.n, args.longest, SHAPES[args.shape]["vocab_size"])
-    names = args.contenders or list(CONTENDERS)
-    faults = {name: check(name, policy) for name in names}
-    about = {"shape": args.shape, "device": device, "prompts": args.prompts, "n": args.n, "longest": args.longest}
-    rows = [about | {"contender": n, "batch": b, "times": [], "cpu": []} for b in args.batches for n in names]
-    for turn in range(args.rounds):
-        for row in rows if turn % 2 == 0 else reversed(rows):
-            if time.perf_counter() - began < args.seconds:
-                measure(row, policy, work, faults[row["contender"]])
-                # a run that is cut off keeps what it has
-                written = write(path, [finished(row, work, policy)])
-                path.with_suffix(".md").write_text(markdown(written))
-    print(path.with_suffix(".md").read_text())
+    bench = Bench(args, build(args.shape))
+    if args.memory:
+        bench.measure_memory()
+    elif args.batches:
+        bench.run([(name, batch) for batch in args.batches for name in bench.names], args.rounds)
+    else:
+        bench.run([(name, bench.search(name)) for name in bench.names], args.rounds - 1)
+    print(bench.path.with_suffix(".md").read_text())
+
+
+class Bench:
+    """The runs of one call, written down as they end.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace, policy: Policy) -> None:
+        self.args, self.policy, self.began = args, policy, time.perf_counter()
+        self.path = args.out / f"rollout-{policy.device.type}.csv"
+        self.work = Work.of(args.prompts, args.n, args.longest, SHAPES[args.shape]["vocab_size"])
+        self.names = args.contenders or list(CONTENDERS)
+        self.faults = {} if args.memory else {name: check(name, policy) for name in self.names}
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def run(self, pairs: list[tuple[str, int]], rounds: int) -> None:
+        """Time each (contender, sequences at a time), in turn and each round in the other order."""
+        for turn in range(rounds):
+            for pair in pairs if turn % 2 == 0 else reversed(pairs):
+                self.time(*pair)
+
+    def search(self, name: str) -> int:
+        """The fastest number of sequences at a time, by one run each."""
+        return climb(lambda batch: self.time(name, batch), START, self.work.n, len(self.work.prompts) * self.work.n)
+
+    def time(self, name: str, batch: int) -> float:
+        """Tokens per second of a contender after one more run; 0 when there is none."""
+        args = self.args
+        about = {"shape": args.shape, "device": self.policy.device.type, "prompts": args.prompts, "n": args.n}
+        fresh = about | {"longest": args.longest, "contender": name, "batch": batch, "times": [], "cpu": []}
+        row = self.rows.setdefault((name, batch), fresh)
+        if time.perf_counter() - self.began < args.seconds:
+            measure(row, self.policy, self.work, self.faults[name])
+            # a run that is cut off keeps what it has
+            rows = write(self.path, [finished(row, self.work, self.policy)])
+            self.path.with_suffix(".md").write_text(markdown(rows, self.memory()))
+        return speed(finished(row, self.work, self.policy)) if row["times"] else 0.0
+
+    # ---- memory
+
+    @property
+    def memory_path(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}-memory.csv")
+
+    def memory(self) -> list[dict[str, str]]:
+        return sorted(read_text(self.memory_path), key=lambda row: int(row["requests"]))
+
+    def measure_memory(self) -> None:
+        """Peak of the resident memory of a fresh process while 64 slots answer ever more requests, over what the model takes."""
+        about = {"machine": machine("cpu"), "date": today(), "versions": versions()}
+        for count in (64, 256, 1024):
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                row = fresh.apply(peak_of, (self.args.shape, count, self.args.n, self.args.longest, self.args.threads))
+            put_rows(self.memory_path, [row | about], ("requests",), MEMORY_COLUMNS)
+        self.path.with_suffix(".md").write_text(markdown(read_text(self.path), self.memory()))
+
+
+def climb(measure: Callable[[int], float], start: int, least: int, most: int) -> int:
+    """The number with the largest ``measure``: from ``start`` twice as many, else half as many, until it falls or they end."""
+    found = {start: measure(start)}
+    for step in (lambda x: 2 * x, lambda x: x // 2):
+        at = start
+        while least <= step(at) <= most:
+            found[step(at)] = measure(step(at))
+            if found[step(at)] <= found[at]:
+                break
+            at = step(at)
+        if at != start:  # on its other side it is known to fall
+            break
+    return max(found, key=found.get)
+
+
+def peak_of(shape: str, prompts: int, n: int, longest: int, threads: int) -> dict[str, Any]:
+    """In a process of its own: the rise of resident memory over what is there before the first request."""
+    torch.set_num_threads(threads)
+    policy = build(shape)
+    work = Work.of(prompts, n, longest, SHAPES[shape]["vocab_size"])
+    engine = SlotEngine(policy, slots=START)
+    engine.generate([Request([1], max_new_tokens=2, seed=0)])  # libraries are loaded
+    host.forget_peak()
+    before = host.memory()["VmRSS"]
+    engine.generate(
+        [Request(p, n=n, max_new_tokens=k, seed=i) for i, (p, k) in enumerate(zip(work.prompts, work.lengths))]
+    )
+    peak = (host.memory()["VmHWM"] - before) / 2**20
+    sizes = {"requests": prompts, "samples": prompts * n, "tokens": work.tokens}
+    return sizes | {"peak_mb": peak, "cache_mb": engine.cache.nbytes / 2**20}
+
+
+def speed(row: dict[str, Any]) -> float:
+    """Tokens per second of a finished row: per CPU second where it is one thread of a CPU."""
+    if row["device"] == "cpu" and str(row["threads"]) == "1":
+        return float(row["tokens"]) / float(row["median_cpu_s"])
+    return float(row["tokens_per_second"])
+
+
+def versions() -> str:
+    return " ".join(f"{p}={version(p)}" for p in ("torch", "transformers"))
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 def build(shape: str) -> Policy:
@@ -270,8 +373,8 @@ def finished(row: dict[str, Any], work: Work, policy: Policy) -> dict[str, Any]:
         "rounds": len(times),
         "machine": machine(policy.device.type),
         "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": " ".join(f"{p}={version(p)}" for p in ("torch", "transformers")),
+        "date": today(),
+        "versions": versions(),
     }
 
 
@@ -305,18 +408,18 @@ def best(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Of each contender the batch size with the most tokens per second."""
     chosen: dict[str, dict[str, str]] = {}
     for row in rows:
-        speed = float(row["tokens_per_second"])
-        if row["contender"] not in chosen or speed > float(chosen[row["contender"]]["tokens_per_second"]):
+        if row["contender"] not in chosen or speed(row) > speed(chosen[row["contender"]]):
             chosen[row["contender"]] = row
     return list(chosen.values())
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """A table for each set of conditions: each contender at its best batch size, then all of them."""
+def markdown(rows: list[dict[str, str]], memory: list[dict[str, str]] = ()) -> str:
+    """A table for each set of conditions, each contender at its best batch size, then all of them; and one of memory."""
     lines = [
         "# Rollouts",
         "",
-        "`python -m bench.rollout`; every row continues the same prompts to the same lengths.",
+        "`python -m bench.rollout`; every row continues the same prompts to the same lengths. Seconds are those of the CPU where it",
+        "is one thread of it, of the clock elsewhere; tokens per second by the clock stand beside them.",
         "",
     ]
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -329,26 +432,45 @@ def markdown(rows: list[dict[str, str]]) -> str:
             f"## {prompts} prompts x {n} samples, {SHORTEST} to {longest} tokens each, {shape} shape, {threads} thread(s)",
             "",
             f"{first['machine']}, {threads} thread(s), {first['versions']}, {first['date']}. Qwen2 architecture, random",
-            f"weights: {sizes}. {first['tokens']} new tokens; medians of {first['rounds']} round(s).",
+            f"weights: {sizes}. {first['tokens']} new tokens; medians.",
             "",
-            "| contender | sequences at a time | tokens/s | ours over it | its CPU seconds over ours | of the bandwidth limit | seconds (least, most) |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| contender | sequences at a time | tokens/s | ours over it | by the clock | of the bandwidth limit | rounds | seconds of the clock (least, most) |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         winners = best(group)
         slots = next((r for r in winners if r["contender"] == "slots"), None)
-        ours, our_cpu = (float(slots[k]) if slots else math.nan for k in ("tokens_per_second", "median_cpu_s"))
+        ours = speed(slots) if slots else math.nan
         for row in winners + [r for r in group if r not in winners]:
-            speed, share = float(row["tokens_per_second"]), float(row["of_bandwidth"])
-            cpu = float(row["median_cpu_s"]) / our_cpu
-            told = [f"{speed:.0f}", f"{ours / speed:.2f}", "" if math.isnan(cpu) else f"{cpu:.2f}"]
+            share = float(row["of_bandwidth"])
+            told = [f"{speed(row):.0f}", f"{ours / speed(row):.2f}", f"{float(row['tokens_per_second']):.0f}"]
             told += ["" if math.isnan(share) else f"{share:.0%}"]
             told = told if row["status"] == "ok" else [row["status"], "", "", ""]
             mark = " (best)" if row in winners and row["status"] == "ok" else ""
             lines.append(
-                f"| {row['contender']}{mark} | {row['batch']} | {' | '.join(told)} | {row['seconds']} ({row['min_s']}, {row['max_s']}) |"
+                f"| {row['contender']}{mark} | {row['batch']} | {' | '.join(told)} | {row['rounds']} | {row['seconds']} ({row['min_s']}, {row['max_s']}) |"
             )
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *memory_table(memory)])
+
+
+def memory_table(rows: list[dict[str, str]]) -> list[str]:
+    if not rows:
+        return []
+    first = rows[0]
+    return [
+        "## Memory by the number of requests",
+        "",
+        f"`python -m bench.rollout --memory`: {START} slots in a fresh process, {first['machine']}, {first['versions']}, {first['date']}.",
+        "The peak is that of resident memory over what is there before the first request, the answers included.",
+        "",
+        "| requests | samples | new tokens | peak, MiB | of which keys and values |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {r['requests']} | {r['samples']} | {r['tokens']} | {float(r['peak_mb']):.0f} | {float(r['cache_mb']):.0f} |"
+            for r in rows
+        ),
+        "",
+    ]
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Session:
         model: in generation mode, running the slots' attention.
         tokenizer: for stop strings.
         cache: where keys and values go; may be that of an earlier session.
+        graphs: of the same model and cache, with room for as many slots; may be those of an earlier session.
         slots: most samples that are written at once.
         max_tokens: most tokens whose keys and values are held: in the slots, all samples at their longest, and of prompts that
             wait for a slot; None: no limit.
@@ -77,6 +78,7 @@ class Session:
         model: Any,
         tokenizer: Any,
         cache: SlotCache,
+        graphs: DecodeGraphs,
         *,
         slots: int,
         max_tokens: int | None,
@@ -93,12 +95,11 @@ class Session:
         self.context, self.eos, self.version = context, frozenset(eos_ids), version
         self.queue = PromptQueue(model, prefill_tokens)
         self.live: list[Writing] = []  # by slot
-        self.integers = torch.zeros(slots, 3, dtype=torch.long, device=self.device)
+        self.graphs, self.integers = graphs, graphs.integers.zero_()
         self.values = torch.ones(slots, 5, device=self.device)
         self.uniforms = torch.zeros(slots, BLOCK, dtype=torch.float64, device=self.device)
         self.seen: Tensor | None = None  # (slots, V) bool, once a repetition penalty asks for it
         self.settings: Settings | None = None  # of the live slots; None when they have changed
-        self.graphs = DecodeGraphs(model, cache, self.integers)
         self._keys = 0
 
     @property

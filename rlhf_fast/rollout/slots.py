@@ -16,6 +16,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.budget import default_budget, merging_fits, out_of_memory
 from rlhf_fast.rollout.engine import Request, Sample
 from rlhf_fast.rollout.generate import GenerateEngine, context_length, end_of_sequence_ids
+from rlhf_fast.rollout.graphs import KeptGraphs
 from rlhf_fast.rollout.sampling import draw_seed
 from rlhf_fast.rollout.session import Session
 from rlhf_fast.rollout.slot_cache import ATTENTION, Decode, Pack, SlotCache
@@ -172,7 +173,7 @@ class SlotEngine:
         self.slots, self.max_tokens, self.prefill_tokens = slots, max_tokens, prefill_tokens
         self.merge_lora, self.progress = merge_lora, progress
         self.version = 0
-        self.cache = SlotCache()
+        self.cache, self.graphs = SlotCache(), KeptGraphs(slots)
         self._open = self._told = False
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -211,11 +212,13 @@ class SlotEngine:
         self._refuse_while_open("open a second session")
         self._open = True
         try:
-            with self.policy.generation_model(self.role, ATTENTION, **self._merging()) as model:
+            merging = self._merging()
+            with self.policy.generation_model(self.role, ATTENTION, **merging) as model:
                 yield Session(
                     model,
                     self.tokenizer,
                     self.cache,
+                    self.graphs.of(model, self.cache, (self.role, merging.get("merge_lora", False))),
                     slots=self.slots,
                     max_tokens=self._capacity(),
                     prefill_tokens=self.prefill_tokens,
@@ -261,6 +264,7 @@ class SlotEngine:
     def sleep(self) -> None:
         """Give the memory of keys and values back. The next session makes it again."""
         self._refuse_while_open("sleep")
+        self.graphs.clear()
         self.cache = SlotCache()
         if torch.cuda.is_initialized():  # what is cached is nobody else's
             torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import gpu_rollout, rollout
-from bench.rollout import CONTENDERS, Work, build, check, markdown, measure
+from bench.rollout import CONTENDERS, Work, build, check, climb, markdown, measure
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,23 @@ def test_a_contender_with_other_tokens_is_not_timed(policy, monkeypatch):
     assert row["status"].startswith("wrong: 0 of") and not row["times"]
 
 
+@pytest.mark.parametrize(
+    ("speeds", "best", "tried"),
+    [
+        ({8: 1, 16: 2, 32: 4, 64: 3, 128: 2}, 32, [64, 128, 32, 16]),
+        ({32: 9, 64: 3, 128: 5, 256: 4}, 128, [64, 128, 256]),
+        ({16: 1, 32: 2, 64: 3, 128: 2}, 64, [64, 128, 32]),
+        ({64: 1, 128: 2, 256: 3}, 256, [64, 128, 256]),  # there are no more
+        ({4: 7, 8: 6, 16: 5, 32: 4, 64: 3, 128: 2}, 4, [64, 128, 32, 16, 8, 4]),
+    ],
+    ids=["below", "above", "at the start", "all at once", "as few as there may be"],
+)
+def test_the_best_number_of_sequences_is_searched_until_it_gets_slower_on_both_sides(speeds, best, tried):
+    seen = []
+    assert climb(lambda batch: (seen.append(batch), speeds[batch])[1], 64, 4, 256) == best
+    assert seen == tried
+
+
 ROW = {"shape": "7b", "device": "cuda", "prompts": "64", "n": "4", "longest": "256", "batch": "64", "status": "ok"}
 ROW |= {"tokens": "1000", "seconds": "1", "min_s": "1", "max_s": "1", "median_cpu_s": "1", "of_bandwidth": "0.65"}
 ROW |= {"rounds": "1", "machine": "a GPU", "threads": "1", "date": "today", "versions": "torch=0"}
@@ -46,6 +63,18 @@ def test_the_table_compares_with_our_best_batch_size():
     table = markdown([slower, OURS, THEIRS])
     assert "| slots (best) | 64 | 1000 | 1.00 |" in table and "| slots | 32 | 500 | 2.00 |" in table
     assert "| generate (best) | 64 | 400 | 2.50 |" in table
+
+
+def test_one_thread_of_a_cpu_is_compared_by_its_own_seconds_and_memory_stands_beside_it():
+    """Twice as long by the clock, as others took half of the core."""
+    cpu = {"shape": "cpu", "device": "cpu", "of_bandwidth": "nan"}
+    ours = OURS | cpu | {"median_cpu_s": "0.5", "tokens_per_second": "500"}
+    theirs = THEIRS | cpu | {"median_cpu_s": "2", "tokens_per_second": "500"}
+    memory = {"requests": "64", "samples": "256", "tokens": "1000", "peak_mb": "70.4", "cache_mb": "50"}
+    table = markdown([ours, theirs], [memory | {"machine": "a CPU", "versions": "torch=0", "date": "today"}])
+    assert "| slots (best) | 64 | 2000 | 1.00 | 500 |" in table
+    assert "| generate (best) | 64 | 500 | 4.00 | 500 |" in table
+    assert "| 64 | 256 | 1000 | 70 | 50 |" in table
 
 
 def test_targets_are_met_missed_or_not_measured(tmp_path):

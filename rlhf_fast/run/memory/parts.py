@@ -190,6 +190,11 @@ def _sampling(job: Job, sequences: int) -> int:
     return sequences * job.shape.vocab * (3 * 4 + 2 * 8)
 
 
+def _graphs(job: Job, sequences: int) -> int:
+    """Bytes of the buffer that all graphs of a slot engine leave their logits in."""
+    return 0 if job.device == "cpu" else sequences * job.shape.vocab * job.width
+
+
 def _prompts_in_a_layer(job: Job, tokens: int) -> int:
     """Bytes of what a layer makes of prompts of so many tokens, before its last linear."""
     return tokens * job.width * (3 * job.shape.intermediate + 6 * job.shape.hidden)
@@ -203,7 +208,7 @@ def kv_tokens(job: Job, room: float, sequences: int, prefill: int) -> int:
         prefill: most prompt tokens of a pass.
     """
     passing = max(_sampling(job, sequences), _prompts_in_a_layer(job, prefill)) + sequences * job.shape.vocab * 4
-    left = room - passing - expanded(job) - _weight_copies(job)
+    left = room - passing - _graphs(job, sequences) - expanded(job) - _weight_copies(job)
     # a layer's buffers grow by copying them
     return max(0, int(left / (kv_per_token(job) * (1 + 1 / job.shape.layers))))
 
