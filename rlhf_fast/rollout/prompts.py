@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class PromptQueue:
     @property
     def held(self) -> int:
         """Tokens whose keys and values are kept here. Those of prompts prefilled together go together."""
-        packs = {id(p.pack): p.pack for p in (*self.ready, *list(self.waiting)[:1]) if p.pack is not None}
+        packs = {id(p.pack): p.pack for p in (*self.ready, *itertools.islice(self.waiting, 1)) if p.pack is not None}
         return sum(sum(pack.lengths) for pack in packs.values())
 
     def remove(self, key: Hashable) -> None:

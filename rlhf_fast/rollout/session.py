@@ -91,7 +91,7 @@ class Session:
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.limit = math.inf if max_tokens is None else max_tokens
         # what the slots leave to prompts, or each that comes would make the cache smaller
-        self.reserve = min(prefill_tokens, self.limit // 8)
+        self.reserve = min(prefill_tokens, self.limit / 8)
         self.context, self.eos, self.version = context, frozenset(eos_ids), version
         self.queue = PromptQueue(model, prefill_tokens)
         self.live: list[Writing] = []  # by slot
@@ -257,7 +257,7 @@ class Session:
         room = longest if self.device.type == "cuda" else min(length + max(32, length // 4), longest)
         # requests that come one by one must not copy the cache each time
         rows = min(self.slots, 1 << (count + self.queue.samples - 1).bit_length()) if count else 0
-        rows = int(max(count, min(rows, limit // max(room, 1))))
+        rows = max(count, int(min(rows, limit / max(room, 1))))
         kept = max(rows, cache.rows), max(room, cache.length)
         # what was there is kept, unless another's length would be given to many slots, or its slots to a long one
         if kept[0] * kept[1] <= min(limit, 2 * rows * room):
