@@ -446,11 +446,18 @@ class Adapters:
         y = checkpoint(project, x, use_reentrant=False, preserve_rng_state=drops)
         return layer.scaling[name] * y, layer.lora_B[name].weight
 
-    def save(self, name: str, folder: Path) -> None:
-        """Write adapter ``name`` into ``folder`` as PEFT does: adapter_config.json, adapter_model.safetensors."""
+    def save(self, name: str, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write adapter ``name`` into ``folder`` as PEFT does: adapter_config.json, adapter_model.safetensors.
+
+        Args:
+            weights: the adapter's, by the names of the model's parameters; those in memory when None.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        weights = dict(self.model.named_parameters()) if weights is None else weights
+        named = {f"base_model.model.{key}": weight for key, weight in weights.items() if ".lora_" in key}
         # by default PEFT adds the base weight of a head that has an adapter
-        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        options = {"adapter_name": name, "save_embedding_layers": False}
+        state = get_peft_model_state_dict(self._peft, state_dict=named, **options)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
         config = self.config(name)
         mode, config.inference_mode = config.inference_mode, True

@@ -21,7 +21,9 @@ class ScalarHead(nn.Module):
         each = () if count == 1 else (count,)
         self.count = count
         self.weight = nn.Parameter(torch.empty(*each, hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(each, dtype=torch.float32))
+        self.bias = nn.Parameter(
+            torch.zeros(count, dtype=torch.float32)
+        )  # never without a dimension, which cannot be sharded
         nn.init.normal_(self.weight, std=std if std is not None else 1.0 / (hidden_size + 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -32,5 +34,5 @@ class ScalarHead(nn.Module):
     def each(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., K), float32: what every head says."""
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = hidden.float() @ (self.weight if self.count == 1 else self.weight.T) + self.bias
-        return scores[..., None] if self.count == 1 else scores
+            scores = hidden.float() @ (self.weight if self.count == 1 else self.weight.T)
+            return (scores[..., None] if self.count == 1 else scores) + self.bias

@@ -54,6 +54,7 @@ class Policy(nn.Module):
         self.native_attention = use_packed_attention(model)
         self.tokenizer = tokenizer
         self.role = role
+        self._base: dict[str, str] | None = None  # see note_base
         self.loaded = ""  # what loading did, in one line
         self.continued = False  # the policy started from a trained adapter, which is then the reference
         self.compute_dtype: torch.dtype | None = None  # of every pass, where it is not that of the weights
@@ -80,6 +81,21 @@ class Policy(nn.Module):
         if "reference" in self.copies:
             return "a frozen copy of the starting weights"
         return "the frozen starting adapter" if "reference" in self.adapters.names else "the base, adapters off"
+
+    @property
+    def base(self) -> dict[str, str]:
+        """The fingerprint of the frozen base."""
+        return self._base or fingerprint(self.model)
+
+    def note_base(self) -> None:
+        """Take the fingerprint of the base once and for all: before its weights are sharded, for one."""
+        self._base = fingerprint(self.model)
+
+    @property
+    def layer_classes(self) -> set[str]:
+        """Names of the classes of the model's decoder layers."""
+        # some models name those of their relatives too
+        return {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules or ())
 
     @property
     def has_reference(self) -> bool:
@@ -283,10 +299,14 @@ class Policy(nn.Module):
             kind = "a whole model, and this run trains an adapter" if self.adapters.names else "an adapter"
             raise UserError(f"{folder} already holds {kind} ({other}); choose another output_dir")
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write adapter (PEFT format) or whole model, tokenizer and heads.
 
         Adapter and heads are then read back, and must give the outputs of those in memory on a few tokens, bit for bit.
+
+        Args:
+            weights: what is trained, by the names of the policy's parameters, where this process has a part of it only; what is
+                read back is then compared with these, without a pass.
 
         Raises:
             OSError: what is on disk differs from what is in memory.
@@ -295,17 +315,25 @@ class Policy(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.check_folder(folder)
+        model, heads = (
+            (None, self.heads.state_dict())
+            if weights is None
+            else (_under("model.", weights), _under("heads.", weights))
+        )
         if self.adapters.names:
-            self.adapters.save(self.role, folder)
+            self.adapters.save(self.role, folder, model)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=model)
         self.tokenizer.save_pretrained(folder)
-        heads = {k: v.detach().cpu() for k, v in self.heads.state_dict().items() if k.startswith(f"{self.role}.")}
+        heads = {k: v.detach().cpu() for k, v in heads.items() if k.startswith(f"{self.role}.")}
         if heads:
             save_file(heads, folder / HEADS_FILE)
-        about = {"role": self.role} | ({"base": fingerprint(self.model)} if self.adapters.names else {})
+        about = {"role": self.role} | ({"base": self.base} if self.adapters.names else {})
         (folder / ROLE_FILE).write_text(json.dumps(about, indent=2) + "\n")
-        self._check_saved(folder, bool(heads))
+        if weights is None:
+            self._check_saved(folder, bool(heads))
+        else:
+            _check_files(folder, heads, model if self.adapters.names else {}, self.role)
 
     @torch.no_grad()
     def _check_saved(self, folder: Path, head: bool) -> None:
@@ -361,6 +389,19 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _check_files(folder: Path, heads: dict[str, Tensor], adapters: dict[str, Tensor], role: str) -> None:
+    """Compare what is on the disk with the head and the adapter of ``role`` that were written."""
+    mine = {f"base_model.model.{k}".replace(f".{role}.", "."): v for k, v in adapters.items() if f".{role}." in k}
+    for name, written in ((HEADS_FILE, heads), ("adapter_model.safetensors", mine)):
+        saved = load_file(folder / name) if written else {}
+        if saved.keys() != written.keys() or any(not torch.equal(saved[k], v) for k, v in written.items()):
+            raise OSError(f"{folder}: {name} read back other than what was written; check the disk")
+
+
 @contextlib.contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """``module`` without dropout; every part of it is in its own mode again afterwards."""
@@ -394,7 +435,9 @@ def load_heads(policy: Policy, folder: Path, role: str) -> None:
     """Put the scalar head saved in ``folder`` in place as ``role``'s."""
     saved = {key.split(".", 1)[1]: value for key, value in load_file(folder / HEADS_FILE).items()}
     policy.add_head(role, count=saved["bias"].numel())
-    policy.heads[role].load_state_dict(saved)
+    policy.heads[role].load_state_dict(
+        {**saved, "bias": saved["bias"].reshape(-1)}
+    )  # of one head it was a bare number once
 
 
 def stop_ids(generation_config: Any, tokenizer: Any) -> list[int]:

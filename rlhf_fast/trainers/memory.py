@@ -124,7 +124,9 @@ def settle(trainer: Trainer) -> Plan | None:
     """Switch checkpointing and offload on as the config says; on a GPU the plan answers what it leaves open."""
     a, made = trainer.args, None
     checkpointing, offload = a.gradient_checkpointing is not False, bool(a.offload_activations)
-    if (available := device_bytes(trainer.accelerator.device)) is not None:
+    if trainer.shards:
+        trainer.say("no memory plan: it knows no sharded weights; micro_batch_tokens is yours to set")
+    elif (available := device_bytes(trainer.accelerator.device)) is not None:
         try:
             made = plan_of(trainer, available, settle=True)
         except UserError as error:  # a config that is no known decoder's
@@ -158,7 +160,8 @@ def compare(made: Plan, peak: int) -> str:
 def check(trainer: Trainer) -> None:
     """Try the largest micro-batch, if the config or a GPU asks for it; from here on the peak is that of training."""
     cuda = trainer.accelerator.device.type == "cuda"
-    if trainer.args.memory_check if trainer.args.memory_check is not None else cuda:
+    # of sharded weights a pass takes all ranks: one that ran out of memory would leave the others waiting
+    if trainer.args.memory_check if trainer.args.memory_check is not None else cuda and not trainer.sharded:
         began = time.perf_counter()
         tokens = rehearse(trainer)
         trainer.say(f"memory: the largest micro-batch, {tokens:,} tokens, fits ({time.perf_counter() - began:.1f} s)")

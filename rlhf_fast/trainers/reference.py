@@ -35,10 +35,11 @@ def response_logprobs(trainer: Trainer, records: Sequence[Any], role: str = "ref
     In the micro-batches that are trained: policy and reference then agree to the last bit before the first step.
     """
     results: list[list[float]] = [[]] * len(records)
-    for part in trainer.split(records):
+    parts = trainer.split(records)
+    for part in parts + parts[-1:] * trainer.idle_passes(len(parts)):
         groups = [trainer.examples(records[i]) for i in part]
         batch = trainer.pack([e for group in groups for e in group])
-        logprobs = trainer.policy.logprobs(batch, role=role)
+        logprobs = trainer.policy(batch, role=role)
         sums = iter(trainer.response_sums(logprobs, batch).tolist())
         for i, group in zip(part, groups):
             results[i] = [next(sums) for _ in group]

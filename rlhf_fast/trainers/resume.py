@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.fingerprint import difference, digest, fingerprint
+from rlhf_fast.models.fingerprint import difference, digest
 from rlhf_fast.run.checkpoint import (
     checkpoint_path,
     find_checkpoint,
@@ -20,6 +20,7 @@ from rlhf_fast.run.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from rlhf_fast.run.sharding import gathered, part, put, scattered
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -70,8 +71,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     }
     return {
         "step": trainer.step,
-        "weights": _trained(trainer),
-        "optimizer": trainer.optimizer.state_dict(),
+        "weights": weights_of(trainer),
+        "optimizer": gathered(trainer.optimizer.state_dict(), keep=trainer.accelerator.is_main_process),
         "scheduler": trainer.scheduler.state_dict(),
         "sampler": trainer.sampler.state(),
         "rows_drawn": trainer.rows_drawn,
@@ -84,8 +85,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "rolls_back": trainer.rolls_back,
         "callbacks": trainer.callbacks.state(),
         # frozen, and not in here
-        "base": fingerprint(trainer.policy.model) if trainer.policy.adapters.names else None,
-        "frozen": digest(_frozen(trainer)),
+        "base": trainer.policy.base if trainer.policy.adapters.names else None,
+        "frozen": trainer.frozen or frozen_digest(trainer),
     }
 
 
@@ -99,7 +100,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     _check_fit(trainer, state, _trained(trainer))
     _put_weights(trainer, state)
     trainer.step = state["step"]
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(scattered(state["optimizer"], trainer.optimizer))
     trainer.scheduler.load_state_dict(state["scheduler"])
     try:
         trainer.sampler.load_state(state["sampler"])
@@ -122,12 +123,22 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def _put_weights(trainer: Trainer, state: dict[str, Any]) -> None:
-    with torch.no_grad():
-        for name, parameter in _trained(trainer).items():
-            parameter.copy_(state["weights"][name])
+    for name, parameter in _trained(trainer).items():
+        put(parameter, state["weights"][name])
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What is trained, by name; of sharded weights each in one piece, on the main process alone. Collective."""
+    return gathered(_trained(trainer), keep=trainer.accelerator.is_main_process)
+
+
+def frozen_digest(trainer: Trainer) -> str:
+    """Of what stands still beside the base."""
+    return digest(_frozen(trainer))
 
 
 def _trained(trainer: Trainer) -> dict[str, torch.Tensor]:
+    part(trainer.policy)
     return {n: p for n, p in trainer.policy.named_parameters() if p.requires_grad}
 
 
@@ -152,7 +163,7 @@ def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Te
             f"the checkpoint was written by {len(state['ranks'])} processes, this run has "
             f"{trainer.accelerator.num_processes}; start as many"
         )
-    if state["frozen"] != digest(_frozen(trainer)):
+    if state["frozen"] != (trainer.frozen or frozen_digest(trainer)):
         raise UserError(
             "the checkpoint belongs to another reference or reward model than this run has loaded; resume with the "
             "model_name_or_path and reward_model_path that the run began with, as they were then (a run that is saved into "
@@ -160,7 +171,7 @@ def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Te
         )
     if (saved := state["base"]) is None:
         return
-    base = fingerprint(trainer.policy.model)
+    base = trainer.policy.base
     how = difference(saved, base)
     if how is None and saved["format"] != base["format"]:
         how = f"it was held {saved['format']} there and {base['format']} here; see load_in_4bit"

@@ -145,7 +145,7 @@ class RewardTrainer(Trainer):
         if not torch.is_grad_enabled():
             figures["kendall_tau"] = 2 * figures["accuracy"] - 1
             pairs = (exists[:, :, None] & exists[:, None, :]).triu(1)
-            self._differences.append((scores[:, :, None] - scores[:, None, :])[pairs])
+            self._differences = [*self._differences, (scores[:, :, None] - scores[:, None, :])[pairs]]
         if len(each) > 1:
             figures["disagreement"] = each.std(0, correction=0)[exists].mean()
         return figures

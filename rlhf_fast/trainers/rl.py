@@ -48,7 +48,8 @@ class RLTrainer(Trainer):
         self.costs: list[Any] = []
         self.lagrangian: Lagrangian | None = None  # where costs have a limit
         super().__init__(model, args, **kwargs)
-        engine = engine or build_engine(args, self.policy, self._engine_in_process)
+        with self.whole():  # what can write with the policy is tried
+            engine = engine or build_engine(args, self.policy, self._engine_in_process)
         self.engine = shared_engine(engine, self.ranks)
         check_for_rl(self.engine, temperature=args.temperature)
         probe = min((p.input_ids for p in self.train_records), key=len)
@@ -71,6 +72,10 @@ class RLTrainer(Trainer):
         slots = self.rollout_batch_size or self.args.rollout_batch_size
         options = {"max_tokens": self.rollout_tokens, "merge_lora": self.args.rollout_merge_lora}
         return engine_for(self.policy, slots=slots, longest=self.sizes()["length"], **options)
+
+    def _begin_round(self) -> None:
+        with self.whole():  # ranks write at a pace of their own
+            super()._begin_round()
 
     def check_rewards(self, args: RLConfig) -> None:
         """Raise UserError when there is nothing to learn from."""
@@ -212,6 +217,10 @@ class RLTrainer(Trainer):
         """Greedy answers to held-out prompts, scored by the reward functions, and the KL where there is a reference."""
         if self.eval_records is None:
             raise UserError("evaluate() needs an eval_dataset")
+        with self.whole():
+            return self._answer_held_out()
+
+    def _answer_held_out(self) -> dict[str, float]:
         a = self.args
         prompts = self.eval_records[: a.num_eval_prompts]
         limits = {"max_new_tokens": a.max_completion_length, "max_tokens": self.rollout_tokens}

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
+from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.data.packing import IndexSampler
 from rlhf_fast.data.prepare import Report
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models import disable_dropout
+from rlhf_fast.models.adapters import is_4bit
+from rlhf_fast.models.policy import in_eval_mode
+from rlhf_fast.run import sharding
 from rlhf_fast.run.config import save_config
 from rlhf_fast.run.distribution import Ranks
 from rlhf_fast.run.means import Means
@@ -41,7 +45,7 @@ from .build import build_policy, records_of
 from .callbacks import Callbacks, EarlyStopping
 from .config import TrainerConfig
 from .optimizers import build_optimizer
-from .resume import load_best, resume, save
+from .resume import frozen_digest, load_best, resume, save, weights_of
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 3
@@ -80,10 +84,12 @@ class Trainer(Algorithm):
             mixed_precision="no",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
-        if self.accelerator.distributed_type not in DISTRIBUTED:
+        self.shards = sharding.asked_for(self.accelerator)  # weights are to be sharded, once they are complete
+        if not self.shards and self.accelerator.distributed_type not in DISTRIBUTED:
             raise UserError(
                 f"accelerate was told to use {self.accelerator.distributed_type.value}, and runs of several processes are "
-                "replicas here (DDP): start them with `accelerate launch --multi_gpu` or torchrun"
+                "replicas (DDP) or shards (FSDP2) here: start them with `accelerate launch --multi_gpu`, with `--use_fsdp "
+                "--fsdp_version 2`, or torchrun"
             )
         self.ranks = Ranks(self.accelerator)
         self.policy = build_policy(
@@ -219,10 +225,11 @@ class Trainer(Algorithm):
         return final
 
     def save_model(self, folder: str | Path | None = None) -> None:
-        """Write the trained model: adapter or weights, heads, tokenizer."""
+        """Write the trained model: adapter or weights, heads, tokenizer. Collective."""
         self.accelerator.wait_for_everyone()
+        weights = weights_of(self) if self.sharded else None
         if self.accelerator.is_main_process:
-            self.policy.save(folder or self.args.output_dir)
+            self.policy.save(folder or self.args.output_dir, weights)
 
     @property
     def total_steps(self) -> int:
@@ -314,23 +321,49 @@ class Trainer(Algorithm):
         records = [self.records[i] for i in indices]
         window = self._window(records)
         parts, world = self.micro_batches(records), len(self.ranks)
+        idle = self.idle_passes(len(parts))
         for number, part in enumerate(parts, start=1):
             # ranks may differ in how many they have: gradients meet once, in the last one of each
-            hold = number < len(parts) and world > 1
+            hold = (
+                number < len(parts) and world > 1 and not self.sharded
+            )  # of a part, what is gathered is soon too much
             with self.accelerator.no_sync(self.model) if hold else contextlib.nullcontext():
                 for loss, metrics, weight in self.losses(part, window):
-                    # DDP averages over ranks; the denominator already counts them all
+                    # gradients are averaged over ranks; the denominator already counts them all
                     self.accelerator.backward(loss * world)
                     self.metrics.add(metrics, weight)
                     self._loss = self._loss + loss.detach()
+        for loss in self._idle_losses(parts[-1:] * idle, window):
+            self.accelerator.backward(loss * 0.0)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
-        self._apply(norm)
+        self._apply(sharding.gathered(norm).to(self.accelerator.device))
         self.tokens_seen += sum(len(e) for record in records for e in self.examples(record))
         self.step += 1
         self.after_step()
         # a schedule is a function of where the run is
         self.scheduler.last_epoch = self.position - 1
         self.scheduler.step()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process has a part of the weights only, and passes take all ranks."""
+        return sharding.is_sharded(self.policy)
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        """Inside, sharded weights are whole on every rank, and passes are its own business; both ends are collective."""
+        return sharding.whole(self.policy)
+
+    def idle_passes(self, count: int) -> int:
+        """How many passes this rank owes the others after ``count`` of its own, if passes take all ranks. Collective then."""
+        return max(self.ranks.gather([count])) - count if self.sharded else 0
+
+    def _idle_losses(self, parts: list[list[Any]], window: Window) -> Iterator[Tensor]:
+        """Losses that do not count, of passes made because other ranks have more micro-batches and need this one's weights."""
+        for part in parts:
+            before = dict(vars(self))
+            for loss, *_ in self.losses(part, window):
+                yield loss
+            vars(self).update(before)  # what the losses noted down
 
     def _apply(self, norm: Tensor) -> None:
         """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
@@ -362,10 +395,14 @@ class Trainer(Algorithm):
         window = self._window(mine)  # all of the data is one: the mean loss does not depend on the batch size
         total = torch.zeros((), device=self.accelerator.device)
         with torch.no_grad(), self._eval_mode():
-            for part in self.micro_batches(self.collect(mine)):
+            parts = self.micro_batches(self.collect(mine))
+            idle = self.idle_passes(len(parts))
+            for part in parts:
                 for loss, metrics, weight in self.losses(part, window):
                     total += loss
                     means.add(metrics, weight)
+            for _ in self._idle_losses(parts[-1:] * idle, window):
+                pass
         means.add({"loss": self.accelerator.reduce(total, "sum")}, 1.0)
         return {f"eval_{name}": value for name, value in means.read().items()}
 
@@ -452,10 +489,15 @@ class Trainer(Algorithm):
 
     def _prepare_optimizer(self) -> None:
         a = self.args
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
         rate = a.learning_rate if a.learning_rate is not None else self.learning_rates[bool(self.policy.adapters.names)]
-        optimizer = build_optimizer(a.optim, self.parameters, rate, a.weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
+        optimizer = build_optimizer(a.optim, parameters, rate, a.weight_decay)
+        self.frozen: str | None = None  # digest of the frozen adapters and heads, where their weights are sharded
+        if self.shards:
+            self.model, self.optimizer = self._shard(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         # stepped by hand: accelerate's wrapper would advance it once per process
         self.scheduler = get_scheduler(
             a.lr_scheduler_type,
@@ -463,3 +505,31 @@ class Trainer(Algorithm):
             num_warmup_steps=math.ceil(a.warmup_ratio * self.total_steps),
             num_training_steps=self.total_steps,
         )
+
+    def _shard(self, optimizer: Any) -> tuple[Any, Any]:
+        """Policy and optimizer, each process with its part of them from here on."""
+        a, policy = self.args, self.policy
+        refused = {
+            "load_in_4bit": is_4bit(policy.model),
+            f"optim {a.optim}": a.optim != "adamw",
+            "rollout_merge_lora": bool(getattr(a, "rollout_merge_lora", False)),
+            "memory_check": bool(a.memory_check),
+        }
+        if names := [name for name, wanted in refused.items() if wanted]:
+            raise UserError(
+                f"sharded weights (FSDP2) do not go with {', '.join(names)}: leave that out, or run replicas (DDP)"
+            )
+        if self.eval_records is not None and len(self.eval_records) < len(self.ranks):
+            raise UserError(
+                f"eval_dataset has fewer rows than this run has processes ({len(self.ranks)}), which all need one"
+            )
+        # of weights that stand still, taken while they are in one piece
+        policy.note_base()
+        self.frozen = frozen_digest(self)
+        model, optimizer = sharding.prepare(self.accelerator, policy, policy.layer_classes, optimizer)
+        # the module that runs first is the root from then on
+        probe = TokenBatch.pack([Example([0, 0], [False, True])], policy.device)
+        with torch.no_grad(), in_eval_mode(policy):
+            policy(probe)
+        sharding.part(policy)
+        return model, optimizer

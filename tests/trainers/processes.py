@@ -16,6 +16,7 @@ import rlhf_fast
 from rlhf_fast.errors import UserError
 from rlhf_fast.rollout import ServerEngine
 from rlhf_fast.run.metrics import read_metrics
+from rlhf_fast.run.sharding import gathered
 
 KINDS = {
     "sft": "SFT",
@@ -42,14 +43,19 @@ def hold(trainer, tokens: int) -> None:
     trainer.policy.model.get_input_embeddings().register_forward_pre_hook(check)
 
 
-def train(kind: str, model: str, rows: list[dict], settings: dict, last_holds: int | None = None) -> dict:
+def train(
+    kind: str, model: str, rows: list[dict], settings: dict, last_holds=None, evaluate=1, resume_from=None
+) -> dict:
     """The figures of each step, and the norm of the weights and the largest micro-batch at the end.
 
-    ``last_holds`` is how many tokens the last process has memory for.
+    ``last_holds`` is how many tokens the last process has memory for, ``evaluate`` how many rows are held out, ``resume_from``
+    the step of a checkpoint from which the run is made again: to the same weights, bit for bit?
     """
     trainer_class, config_class = (getattr(rlhf_fast, KINDS[kind] + part) for part in ("Trainer", "Config"))
     given = {"reward_funcs": vowels} if kind in ("grpo", "ppo", "safe-ppo") else {}
-    trainer = trainer_class(model, args=config_class(**settings), train_dataset=rows, eval_dataset=rows[:1], **given)
+    trainer = trainer_class(
+        model, args=config_class(**settings), train_dataset=rows, eval_dataset=rows[:evaluate], **given
+    )
     if last_holds is not None and trainer.ranks.index == len(trainer.ranks) - 1:
         hold(trainer, last_holds)
     servers = getattr(trainer, "engine", None)
@@ -60,8 +66,24 @@ def train(kind: str, model: str, rows: list[dict], settings: dict, last_holds: i
         trainer.train()
     except UserError as error:
         return {"error": [type(error).__name__, str(error)]}
-    weights = [float(p.detach().double().norm()) for p in trainer.parameters]
-    return {"steps": read_metrics(settings["output_dir"]), "weights": weights, "budget": trainer.micro_batch_tokens}
+    result = {"steps": read_metrics(settings["output_dir"]), "weights": norms(trainer)}
+    result |= {"budget": trainer.micro_batch_tokens, "sharded": trainer.sharded}
+    if resume_from is not None:
+        path = Path(settings["output_dir"]) / "checkpoints" / f"step-{resume_from:08d}"
+        args = config_class(**settings, resume_from_checkpoint=str(path))
+        again = trainer_class(model, args=args, train_dataset=rows, eval_dataset=rows[:evaluate], **given)
+        again.train()
+        same = [torch.equal(a, b) for a, b in zip(whole(trainer), whole(again), strict=True)]
+        result["resumed"] = all(same) and again.step == trainer.step
+    return result
+
+
+def whole(trainer) -> list[torch.Tensor]:
+    return [p.detach() for p in gathered(trainer.parameters)]
+
+
+def norms(trainer) -> list[float]:
+    return [float(p.double().norm()) for p in whole(trainer)]
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def cases(folder: Path, model: Path, processes: int, servers: list[str]) -> dict
 def results(tmp_path_factory, tokenizer):
     """{name: (one process, rank 0 of two, rank 1 of two)}"""
     folder = tmp_path_factory.mktemp("processes")
-    _save_model(folder / "model", tokenizer)
+    save_model(folder / "model", tokenizer)
     deaf = functools.partial(Deaf, ear=tokenizer(PROMPTS[2]["prompt"])["input_ids"][0])
     served = [
         Served(load(folder / "model", device="cpu"), wrap, slots=8, name=str(folder / "model")).start()
@@ -109,7 +109,7 @@ def results(tmp_path_factory, tokenizer):
         path.write_text(
             json.dumps(cases(folder / str(processes), folder / "model", processes, [s.url for s in served]))
         )
-        workers += _start(path, processes)
+        workers += start(path, processes)
     try:
         said = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
@@ -147,9 +147,15 @@ class Deaf:
             await self.app(scope, replay, send)
 
 
-def _start(path: Path, processes: int) -> list[subprocess.Popen]:
-    """One training: a plain process, or several started as torchrun starts them."""
-    common = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUNNER.parents[2])}
+def start(path: Path, processes: int, launcher: dict | None = None) -> list[subprocess.Popen]:
+    """One training: a plain process, or several started as torchrun starts them, with more of a ``launcher``'s environment."""
+    common = {
+        **os.environ,
+        **(launcher or {}),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(RUNNER.parents[2]),
+    }
     ranks = [{}]
     if processes > 1:
         with socket.socket() as free:
@@ -162,7 +168,7 @@ def _start(path: Path, processes: int) -> list[subprocess.Popen]:
     return [subprocess.Popen(command, env=common | rank, **output) for rank in ranks]
 
 
-def _save_model(folder, tokenizer):
+def save_model(folder, tokenizer):
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
@@ -178,30 +184,33 @@ SAME += ["sft short", "kto short", "aot short"]
 SAME += ["grpo served", "grpo full", "grpo lora", "grpo whitened", "grpo batch", "ppo full", "ppo lora"]
 
 
+# figures of a log that do not depend on who has which rows
+KEPT = (
+    "loss",
+    "lr",
+    "num_tokens",
+    "grad_norm",
+    "reward",
+    "kl",
+    "entropy",
+    "mean_token_accuracy",
+    "completions/mean_length",
+    "eval_loss",
+    "objective/scores",
+    "objective/kl",
+    "rewards/chosen",
+    "rewards/rejected",
+    "disagreement",
+    "eval_ece",
+)
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_two_processes_make_the_steps_of_one(name, results):
     one, two, _ = results[name]
-    kept = (
-        "loss",
-        "lr",
-        "num_tokens",
-        "grad_norm",
-        "reward",
-        "kl",
-        "entropy",
-        "mean_token_accuracy",
-        "completions/mean_length",
-        "eval_loss",
-        "objective/scores",
-        "objective/kl",
-        "rewards/chosen",
-        "rewards/rejected",
-        "disagreement",
-        "eval_ece",
-    )
     assert len(one["steps"]) == len(two["steps"])
     for alone, shared in zip(one["steps"], two["steps"]):
-        figures = {k: v for k, v in alone.items() if k in kept}
+        figures = {k: v for k, v in alone.items() if k in KEPT}
         assert {k: shared[k] for k in figures} == pytest.approx(figures, abs=1e-5, rel=1e-5)
     assert any(s["loss"] != one["steps"][0]["loss"] for s in one["steps"] if "loss" in s)
     # norms: a bias that began at 0 is a few steps of 1e-3 long, and its rounding is that of the steps

@@ -448,8 +448,9 @@ def test_a_layer_called_like_a_role_is_not_taken_for_its_adapter(make_model, tok
     assert not any(p.requires_grad for p in names["value"].values())
 
 
-def test_shards_of_a_model_are_refused(make_model, tokenizer, settings, monkeypatch):
-    """Checkpoints would hold the first process's shard only."""
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(UserError, match="told to use FSDP, and runs of several processes are replicas here"):
+def test_processes_that_work_together_in_a_way_that_is_not_known_here_are_refused(
+    make_model, tokenizer, settings, monkeypatch
+):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(UserError, match=r"told to use DEEPSPEED, and .* replicas \(DDP\) or shards \(FSDP2\) here"):
         SFTTrainer(make_model(), SFTConfig(**settings()), train_dataset=ROWS, processing_class=tokenizer)
