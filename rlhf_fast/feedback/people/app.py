@@ -27,6 +27,7 @@ FILES = {"": "text/html", "label.css": "text/css", "label.js": "text/javascript"
 # for uvicorn: one strict parser, nothing but HTTP, and no word about itself
 SERVER = {"log_level": "warning", "lifespan": "off", "http": "h11", "ws": "none", "server_header": False}
 AT_ONCE = 20  # items of one answer
+FIRST = 4  # that come with the start
 LONGEST_REASON = 10_000  # characters
 FIELDS = ("annotator", "item", "ranks", "margin", "bad", "reason", "safer", "unsafe", "done", "skipped")
 
@@ -47,23 +48,27 @@ class Desk:
     # ---- reading
 
     async def start(self, request: Request) -> Response:
-        """Who is there, how far this annotator is, and where to go on."""
+        """Who is there, how far this annotator is, and the items to go on with."""
         who = _annotator(request.query_params.get("annotator"))
         settings = {"title": self.title, "safety": self.safety, "margins": MARGINS, "annotator": who}
-        return JSONResponse({**settings, **self._progress(who, -1)})
+        progress = self._progress(who, -1)
+        rows = [] if progress["next"] is None else self._rows(progress["next"], FIRST, who)
+        return JSONResponse({**settings, **progress, "items": rows})
 
     async def page(self, request: Request) -> Response:
         """A few items from a place on, with what this annotator said about them."""
         who = _annotator(request.query_params.get("annotator"))
         first = _whole(request.query_params.get("from", "0"), "from", len(self.items))
         count = _whole(request.query_params.get("count", "8"), "count", AT_ONCE)
-        rows = [self._row(place, who) for place in range(first, min(first + count, len(self.items)))]
-        return JSONResponse({"items": rows, "total": len(self.items)})
+        return JSONResponse({"items": self._rows(first, count, who), "total": len(self.items)})
 
     async def people(self, request: Request) -> Response:
         """How far everybody is, and how far they agree."""
         who = [{"name": name, **self.store.counts(name)} for name in self.store.annotators()]
         return JSONResponse({"people": who, "agreement": agreement(self.items, self.store), "total": len(self.items)})
+
+    def _rows(self, first: int, count: int, who: str) -> list[dict[str, Any]]:
+        return [self._row(place, who) for place in range(first, min(first + count, len(self.items)))]
 
     def _row(self, place: int, who: str) -> dict[str, Any]:
         identity, item = self.items[place]

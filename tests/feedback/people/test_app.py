@@ -52,7 +52,8 @@ def test_items_come_a_few_at_a_time_and_the_next_one_is_the_next_without_an_answ
     item = ask(served, "GET", "api/items?annotator=k&from=49").json()["items"][0]
     state = keep(served, item, "k", ranks=[1, 2], done=True)
     assert (state["next"], state["labelled"], state["total"]) == (0, 1, 50)
-    assert ask(served, "GET", "api/start?annotator=other").json()["next"] == 0
+    start = ask(served, "GET", "api/start?annotator=other").json()
+    assert start["next"] == 0 and [row["place"] for row in start["items"]] == [0, 1, 2, 3]
 
 
 def test_all_answered_there_is_no_next_and_undo_leads_back(serve):

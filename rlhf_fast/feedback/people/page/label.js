@@ -57,9 +57,10 @@ function guarded(work, choice = true) {
 const query = (values) => new URLSearchParams({ annotator: desk.annotator, ...values });
 
 async function start() {
-  const state = await call(`api/start?${query({})}`);
+  const { items: first, ...state } = await call(`api/start?${query({})}`);
   Object.assign(desk, state);
   items.clear();
+  for (const item of first) items.set(item.place, item);
   $("title").textContent = desk.title;
   $("people").textContent = desk.annotator;
   await show(desk.next);
