@@ -27,10 +27,12 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.code import Code
 from rlhf_fast.rewards.faults import Fault
+from rlhf_fast.rewards.isolated import isolate
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.math_answers import Math
 from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rewards.verifiers import Answer, Exact, Format, Length, Random
+from rlhf_fast.rewards.workers import WorkerFault
 
 Scores: TypeAlias = "Sequence[float | Fault | None] | Tensor"
 RewardFunction: TypeAlias = "Callable[..., Scores | Awaitable[Scores]]"
@@ -60,7 +62,8 @@ def resolve(spec: Any) -> RewardFunction:
             a built-in's name, such as ``answer`` (see ``BUILT_IN``);
             a mapping with its parameters, such as ``{"name": "length", "max": 64}`` (on a command line, the same as JSON);
             the folder of a trained reward model;
-            ``package.module:function`` for any Python function.
+            ``package.module:function`` for any Python function, which is then run in a process of its own (see
+            :func:`rlhf_fast.rewards.isolated.isolate`).
     Raises:
         UserError: nothing has this name, or a parameter is unknown, missing or wrong.
     """
@@ -77,7 +80,7 @@ def resolve(spec: Any) -> RewardFunction:
     if Path(spec).is_dir():
         return RewardModel(spec)
     if ":" in spec:
-        return import_callable(spec, "reward")
+        return isolate(spec, import_callable(spec, "reward"))
     guess = difflib.get_close_matches(spec, BUILT_IN, n=1)
     raise UserError(
         f"reward: nothing is called '{spec}'. "
@@ -307,6 +310,8 @@ def _run_together(waiting: list[Awaitable[Any]]) -> list[Any]:
 def _checked(outcome: Any, size: int) -> tuple[Tensor, dict[str, list[int]]]:
     """(B,) float32 scores, NaN where there is none, and problem -> the samples it concerns."""
     values, everyone = torch.full((size,), torch.nan), list(range(size))
+    if isinstance(outcome, WorkerFault):
+        return values, {_short(str(outcome)): everyone}
     if isinstance(outcome, BaseException):
         return values, {f"raised {type(outcome).__name__}: {_short(str(outcome))}": everyone}
     if isinstance(outcome, Tensor) or hasattr(outcome, "tolist"):

@@ -27,16 +27,20 @@ class Worker:
     """A Python process that runs ``script``: it says ``ready``, then answers each line of JSON with one.
 
     It gets the deadline with each item and ends itself soon after it, so that none is left hanging without its parent.
+
+    Args:
+        quiet: keep what it prints to stderr, for a message when it cannot start; it must print little then.
     """
 
-    def __init__(self, script: Path) -> None:
+    def __init__(self, script: Path, quiet: bool = True) -> None:
         # not multiprocessing: forking beside CUDA and threads is unsafe, and spawning would import the user's main module
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.PIPE if quiet else None,
             bufsize=0,
+            start_new_session=True,  # Ctrl-C is for the run, which finishes its step
         )
         self._read = b""
         try:
@@ -44,7 +48,8 @@ class Worker:
                 raise WorkerFault("spoke before it was ready")
         except WorkerFault as fault:
             self.close()
-            complaint = self._process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+            stderr = self._process.stderr
+            complaint = stderr.read().decode(errors="replace").strip().rpartition("\n")[2] if stderr else "see above"
             raise WorkerFault(f"could not start a worker ({fault}): {complaint}") from None
 
     def ask(self, item: Any, timeout: float) -> Any:
@@ -54,7 +59,9 @@ class Worker:
             WorkerFault: none by then; close the worker.
         """
         try:
-            self._process.stdin.write(json.dumps([timeout, item]).encode() + b"\n")
+            rest = memoryview(json.dumps([timeout, item]).encode() + b"\n")
+            while rest:  # a signal may cut a write short
+                rest = rest[self._process.stdin.write(rest) :]
         except OSError:
             raise WorkerFault("died") from None
         return json.loads(self._line(timeout))
