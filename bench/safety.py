@@ -50,8 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 GUARD = {"max_steps": 30, "logging_steps": 1, "guard_reward": ["answer"], "guard_share": 1.0}
 EVALUATIONS = {"eval_steps": 2, "num_eval_prompts": HELD_OUT, "num_completions_to_print": 0}
-SAFE = {"cost_limit": LIMIT, "lambda_init": 1.0, "lambda_lr": 0.3, "logging_steps": 1}
-SAFE_STEPS = {"grpo": {"max_steps": 50}, "ppo": {"max_steps": 80, "critic_warmup_steps": 4}}
+SAFE = {"cost_limit": LIMIT, "lambda_init": 1.0, "lambda_lr": 0.1, "logging_steps": 1}
+SAFE_STEPS = {"grpo": {"max_steps": 100}, "ppo": {"max_steps": 80, "critic_warmup_steps": 4}}
 
 
 def sevens(completions: list[str], **_: Any) -> list[float]:

@@ -122,17 +122,20 @@ class RewardModel:
             yield rows
 
 
-def attach_reward_models(policy: Policy, folders: str | Sequence[str], kind: str = "reward") -> list[RewardModel]:
+def attach_reward_models(
+    policy: Policy, folders: str | Sequence[str], kind: str = "reward", disagreement_penalty: float = 0.0
+) -> list[RewardModel]:
     """The reward models (or, as ``kind`` says, cost models) in ``folders``, each as an adapter on the base of ``policy``
     where it can be.
 
     Raises:
-        UserError: a folder holds no such model.
+        UserError: a folder holds no such model, or one of one head where disagreement is to cost something.
     """
     models = []
     for number, folder in enumerate([folders] if isinstance(folders, str) else folders, start=1):
         name = kind if number == 1 else f"{kind}_{number}"
         judge = attach(policy, kind, folder, name)
-        models.append(RewardModel(judge, role=name if judge is policy else kind))
+        role = name if judge is policy else kind
+        models.append(RewardModel(judge, role=role, disagreement_penalty=disagreement_penalty))
         models[-1].__name__ = name.replace(kind, f"{kind}_model")  # in the metrics
     return models

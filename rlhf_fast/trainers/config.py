@@ -135,6 +135,7 @@ class RLConfig(TrainerConfig):
     guard_reward: list[Any] = field(default_factory=list)  # as reward_funcs, but held out: nothing learns from them
     guard_share: float = 0.25  # of the prompts of a batch whose responses they score
     guard_limits: dict[str, float] = field(default_factory=dict)  # where signs begin, e.g. {kl: 30}; see guard.py
+    disagreement_penalty: float = 0.0  # models of several heads: their spread times this off the score, onto the cost
     soft_overlong_cache: int = 0  # tokens before the limit on which a penalty grows to 1 (DAPO, eq. 13); 0: none
     vllm_importance_sampling_correction: bool | None = None  # weigh by trainer / engine; none: where weights differ
     vllm_importance_sampling_mode: str = "sequence_mask"  # token_ or sequence_; truncate or mask (drop) beyond bounds
@@ -177,6 +178,12 @@ class RLConfig(TrainerConfig):
             raise UserError(
                 "guard: rollback needs to know which evaluation was the best, and the reward itself is what may be cheated: "
                 "name a guard_reward, or another figure as metric_for_best_model"
+            )
+        models = [m for name in ("reward_models", "cost_models") for m in getattr(self, name, ())]
+        if self.disagreement_penalty and not models:
+            raise UserError(
+                "disagreement_penalty has no effect without a reward_model_path or cost_model_path; a model among reward_funcs "
+                "takes its own: {name: model, path: RUN, disagreement_penalty: 0.5}"
             )
         one_of("vllm_mode", self.vllm_mode, ("server", "colocate"))
         one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)

@@ -63,7 +63,7 @@ class CostConfig:
 
 def cost_functions(policy: Policy, args: CostConfig, say: Callable[[str], None]) -> list[Any]:
     """What costs are scored by: ``cost_funcs``, then the cost models, each an adapter on the policy's base where it can be."""
-    models = attach_reward_models(policy, args.cost_models, kind="cost")
+    models = attach_reward_models(policy, args.cost_models, "cost", args.disagreement_penalty)
     for m in models:
         say(f"{m.__name__}: {m.place_beside(policy)}")
     return [*args.cost_funcs, *models]

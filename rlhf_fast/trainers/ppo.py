@@ -103,7 +103,9 @@ class PPOTrainer(RLTrainer):
         self.say(f"reference: {self.policy.reference}")
         for role in self.critics:
             self.policy.add_role(role, trainable=True, head=True)
-        models = attach_reward_models(self.policy, self.args.reward_models)
+        models = attach_reward_models(
+            self.policy, self.args.reward_models, disagreement_penalty=self.args.disagreement_penalty
+        )
         for m in models:
             self.say(f"{m.__name__}: {m.place_beside(self.policy)}")
         self.functions, self.names = resolve_all([*self.functions, *models])

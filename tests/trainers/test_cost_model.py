@@ -139,6 +139,28 @@ def test_doubt_about_a_cost_makes_it_dearer(make_model, tokenizer):
     assert min(plain.stds) > 0
 
 
+def test_doubt_of_models_beside_the_policy_is_priced_by_the_config(trainer, make_model, tokenizer, tmp_path, settings):
+    """Off the reward, onto the cost; nothing to doubt is refused."""
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    runs = {}
+    for kind in ("reward", "cost"):
+        made = trainer(str(tmp_path / "base"), kind, use_peft=True, lora_r=2, num_heads=3, learning_rate=1e-2)
+        made.train()
+        runs[f"{kind}_model_path"] = made.args.output_dir
+    given = (["a", "b"], ["xyz", "q"], [tokenizer(t)["input_ids"] + [0] for t in ("xyz", "q")])
+    scores = []
+    for penalty in (0.0, 2.0):
+        args = SafePPOConfig(**settings(use_peft=True, lora_r=2, disagreement_penalty=penalty, **runs))
+        made = SafePPOTrainer(str(tmp_path / "base"), args=args, train_dataset=[{"prompt": "a"}])
+        models = (made.functions[0], made.costs[0])
+        scores.append([(model(*given), model.stds) for model in models])
+    for (plain, stds), (wary, _), sign in zip(*scores, (-1, 1)):
+        assert wary == pytest.approx([s + sign * 2.0 * d for s, d in zip(plain, stds)], abs=1e-5)
+    with pytest.raises(UserError, match="disagreement_penalty has no effect without a reward_model_path"):
+        GRPOConfig(disagreement_penalty=1.0)
+
+
 def test_what_a_cost_run_says_and_leaves(trainer, model, capsys):
     """Without labels of safety its 0 is arbitrary, which it says; it names Safe PPO as what comes next."""
     rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "bad"}] * 4

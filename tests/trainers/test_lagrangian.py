@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_fast import GRPOConfig, GRPOTrainer
+from rlhf_fast import GRPOConfig, GRPOTrainer, SafePPOConfig, SafePPOTrainer
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards import Fault
 from rlhf_fast.trainers.lagrangian import CostConfig, Lagrangian
@@ -127,3 +127,25 @@ def test_groups_of_one_worth_are_sampled_again_whatever_their_rewards(trainer):
     differs = trainer(harm, lambda_lr=0.0, dynamic_sampling_rounds=1)
     differs.collect(differs.train_records)
     assert differs.metrics.read()["resampled_prompts"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_a_run_brings_its_cost_within_the_limit_while_its_reward_rises(kind, make_model, tokenizer, settings, run):
+    """Vowels earn, three of the five cost as well: it learns to write the other two."""
+    trainer_class, config = {"grpo": (GRPOTrainer, GRPOConfig), "ppo": (SafePPOTrainer, SafePPOConfig)}[kind]
+    own = {"num_generations": 8, "max_steps": 12} if kind == "grpo" else {"num_ppo_epochs": 2, "max_steps": 26}
+    more = {"per_device_train_batch_size": 64, "max_completion_length": 6, "learning_rate": 1e-2}
+    args = config(**settings(cost_funcs=[some_vowels], cost_limit=0.2, lambda_lr=0.5, **more, **own))
+    data = {"train_dataset": [{"prompt": p} for p in "abcdefgh"], "processing_class": tokenizer}
+    steps = [s for s in run(trainer_class(make_model(), vowels, args, **data)).steps if "cost" in s]
+    reward, last = "reward" if kind == "grpo" else "objective/scores", steps[-3:]
+    assert steps[0]["cost"] > 0.2 > max(s["cost"] for s in last)
+    assert min(s[reward] for s in last) > steps[0][reward] + 2
+
+
+def vowels(completions, **_):
+    return [float(sum(c.count(v) for v in "aeiou")) for c in completions]
+
+
+def some_vowels(completions, **_):
+    return [float(sum(c.count(v) for v in "aei")) for c in completions]
