@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.run.plots import smooth
+
 BLUE, ORANGE, GREEN, GREY = "#2f7de1", "#e8730c", "#12986a", "#8a929c"  # legible on white and on near black
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#22262b", "soft": "#6b7280", "grid": "#e4e7eb"},
@@ -70,7 +72,7 @@ def draw(found: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """The figures that have any cells. Returns the files."""
     files: list[Path] = []
     seeds = len({cell["seed"] for cell in found})
-    note = f"mean of {seeds} seeds, band of one standard error" if seeds > 1 else "one seed"
+    note = f"mean of up to {seeds} seeds, band of one standard error" if seeds > 1 else "one seed"
     for name, panels in FIGURES.items():
         series = [
             [(line, points) for line in panel.lines if (points := average(found, panel, line))] for panel in panels
@@ -113,7 +115,8 @@ def _figure(path: Path, panels: Sequence[Panel], series: Sequence[list], theme: 
 def _panel(axes: Any, panel: Panel, drawn: list, theme: dict[str, str]) -> None:
     axes.set_facecolor(theme["paper"])
     for line, points in drawn:
-        x, mean, error = (list(column) for column in zip(*points))
+        x, mean, error = zip(*points)
+        mean, error = smooth(mean), smooth(error)  # curves of a dozen points and more
         axes.fill_between(
             x,
             [m - e for m, e in zip(mean, error)],
@@ -124,7 +127,7 @@ def _panel(axes: Any, panel: Panel, drawn: list, theme: dict[str, str]) -> None:
         )
         axes.plot(x, mean, line.style, color=line.color, linewidth=2.0, solid_capstyle="round")
     axes.set_title(panel.title, loc="left", color=theme["ink"], fontsize=12, fontweight="bold", pad=10)
-    axes.set_xlabel(panel.xlabel, color=theme["soft"], fontsize=9)
+    axes.set_xlabel(panel.xlabel, color=theme["soft"], fontsize=9, loc="left")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(True, axis="y", color=theme["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
@@ -142,10 +145,10 @@ def _name_at_the_end(axes: Any, drawn: list) -> None:
         return
     low, high = axes.get_ylim()
     step = 0.062 * (high - low)
-    ends = sorted(((points[-1][1], line) for line, points in drawn), key=lambda end: end[0])
-    places = spread([value for value, _ in ends], step)
-    right = max(points[-1][0] for _, points in drawn)
-    for place, (_, line) in zip(places, ends):
+    ends = [(smooth([y for _, y, _ in points])[-1], points[-1][0], line) for line, points in drawn]
+    ends.sort(key=lambda end: end[0])
+    places = spread([value for value, *_ in ends], step)
+    for place, (_, right, line) in zip(places, ends):
         axes.annotate(
             line.label,
             (right, place),
