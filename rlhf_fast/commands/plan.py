@@ -135,7 +135,7 @@ def _config(args: Namespace) -> tuple[str, Any]:
     from rlhf_fast.run.config import parse_config
     from rlhf_fast.run.memory import METHODS
 
-    begun = [method for method in METHODS if f"{Path(args.config).name}-".startswith(f"{method}-")]
+    begun = [method for method in METHODS if f"{Path(args.config).stem}-".startswith(f"{method}-")]
     method = args.method or (begun[0] if begun else None)
     if method is None:
         raise UserError(f"--config {args.config}: its name does not begin with a method; add --method METHOD")

@@ -43,7 +43,7 @@ def resident(job: Job) -> list[Part]:
         parts.append(Part("norms and biases", wide * counts["rest"], "always"))
         adapter = shape.adapter_parameters(job.lora_r, job.lora_targets)
         trained = adapter * (1 + len(critics))
-        names = ("adapter", "both adapters", "all three adapters")[len(critics)]
+        names = ("adapter", "both adapters", "three adapters")[len(critics)]
         parts += [Part(f"{names}, float32", 4 * trained, "always"), *_trained(job, trained, names)]
         if frozen:
             parts.append(Part(f"frozen adapters ({frozen})", 4 * frozen * adapter, "always"))
