@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -82,10 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        if error.filename is None or "RLHF_FAST_TRACEBACK" in os.environ:
+    except OSError as error:
+        known = isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+        if not (full or (known and error.filename)) or "RLHF_FAST_TRACEBACK" in os.environ:
             raise
-        _complain(f"{error.filename}: {error.strerror} (RLHF_FAST_TRACEBACK=1 shows where)")
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror} (RLHF_FAST_TRACEBACK=1 shows where)")
         return 2
 
 

@@ -61,6 +61,7 @@ SHARED_TRAINER_FILES = tuple(
         "engines",
         "optimizers",
         "memory",
+        "nonfinite",
         "resume",
         "best",
         "callbacks",

@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rlhf_fast.commands import Parser
 from rlhf_fast.errors import UserError
@@ -26,10 +26,17 @@ PACKAGES = (
 
 
 def main(argv: Sequence[str]) -> int:
-    Parser("env", "Print versions, devices, the compiled extension, and each kernel's backend.").parse_args(argv)
+    parser = Parser(
+        "env",
+        "Print versions, devices, the compiled extension, and each kernel's backend; of a RUN what its record says.",
+    )
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run folder, whose record.jsonl is shown instead")
+    options = parser.parse_args(argv)
 
     from rlhf_fast.run.metrics import print_table
 
+    if options.run:
+        return _show_record(options.run)
     try:
         extension, kernels = _extension(), _kernels()
     except ValueError as error:  # RLHF_FAST_BACKEND or RLHF_FAST_CPU_ISA holds an unknown name
@@ -39,6 +46,37 @@ def main(argv: Sequence[str]) -> int:
     print_table("compiled extension", extension)
     print_table("kernels", kernels, ("op", "on", "backend", "why not the others"))
     return 0
+
+
+def _show_record(folder: str) -> int:
+    """When a run was started, gone on with and ended, on what, and what it began from."""
+    from rlhf_fast.run.metrics import print_table
+    from rlhf_fast.run.record import FILE, read_record
+
+    lines = read_record(folder)
+    begun = [line for line in lines if line["event"] != "end"]
+    if not begun:
+        raise UserError(f"{folder} has no {FILE}; give the folder of a run that rlhf-fast trained")
+    rows = [(line["time"], line["event"], line["step"], line.get("outcome", "")) for line in lines]
+    print_table(f"{folder}: run {begun[-1]['run']}, {begun[-1]['method']}", rows, ("time (UTC)", "", "step", "outcome"))
+    last = begun[-1]
+    git = last["commit"] and last["commit"]["hash"] + " and changes" * last["commit"]["changed"]
+    about = {"commit": git or "installed package", **last["versions"], **last["machine"]}
+    about["gpus"] = ", ".join(about["gpus"]) or "none"
+    print_table("on", {key: str(value) for key, value in about.items()})
+    data = [(n, d["source"], d["rows"], d["kept"], d["sha256"][:16]) for n, d in last["data"].items()]
+    print_table("data", data, ("", "from", "rows", "kept", "SHA-256 of the tokens"))
+    print_table(
+        "began from", list(_ancestors(last["lineage"])), ("setting", "folder", "run", "method", "step", "outcome")
+    )
+    return 0
+
+
+def _ancestors(parents: list[dict], depth: int = 0) -> Iterator[tuple[str, ...]]:
+    for parent in parents:
+        known = [str(parent.get(key, "")) for key in ("run", "method", "step", "outcome")]
+        yield ("  " * depth + parent["setting"], parent["path"], *known)
+        yield from _ancestors(parent.get("lineage") or [], depth + 1)
 
 
 def version(package: str) -> str:

@@ -25,6 +25,7 @@ class Example:
     input_ids: list[int]  # (T,) prompt and response
     response_mask: list[bool]  # (T,) True on the tokens the model is responsible for; never the first of a sequence
     weight: float = 1.0  # weight of this example's tokens in a weighted loss
+    where: str | None = field(default=None, compare=False)  # the row that it came from, as ``train.jsonl, line 17``
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -37,6 +38,7 @@ class Prompt:
     input_ids: list[int]  # (P,)
     prompt: Any  # as the data set gave it: a string, or a list of messages
     columns: dict[str, Any] = field(default_factory=dict)
+    where: str | None = field(default=None, compare=False)  # the row that it came from
 
 
 @dataclass

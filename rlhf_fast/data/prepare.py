@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,7 @@ class Report:
     notes: Counter[str] = field(default_factory=Counter)  # what had to be put right -> rows
     audit: list[str] = field(default_factory=list)  # token_audit's lines
     stop_ids: Sequence[int] = ()  # tokens that end a response
+    sha256: str = ""  # of the kept rows' tokens and of which are trained, in order
 
     @property
     def longest(self) -> int:
@@ -289,7 +291,7 @@ class _Preparation:
 
     def run(self, encode: Callable[[dict], Item]) -> tuple[list[Item], Report]:
         """Encode every row; drop what is too long, and what is bad where that was asked for."""
-        report, items, seen = self.report, [], set()
+        report, items, seen, digest = self.report, [], set(), hashlib.sha256()
         for i, row in enumerate(self.rows):
             self.encoder.notes.clear()
             try:
@@ -300,13 +302,17 @@ class _Preparation:
                 continue
             except UserError as error:
                 raise UserError(f"{self.rows.where(i)}: {error}") from None
+            for part in examples_of(item) or [item]:
+                part.where = self.rows.where(i)
+                digest.update(array("q", [len(part.input_ids), *part.input_ids]).tobytes())
+                digest.update(bytes(getattr(part, "response_mask", ())))
             items.append(item)
             report.notes.update(self.encoder.notes.keys())
             whole, start = _hashes(item)
             report.repeated += whole in seen
             seen.add(whole)
             report.begun.add(start)
-        report.kept = len(items)
+        report.kept, report.sha256 = len(items), digest.hexdigest()
         # after the rows, which may have had to set a chat template
         encoder = self.encoder
         report.audit = token_audit(encoder.tokenizer, vocab_size=encoder.vocab_size, stop_ids=encoder.stop_ids)

@@ -102,7 +102,9 @@ class ScoredRollouts:
         held_out, metrics = [*held_out, *[math.nan] * (len(samples) - watched)], metrics | figures
         experiences = [
             Experience(
-                example=Example([*p.input_ids, *s.ids], [False] * len(p.input_ids) + [True] * len(s.ids)),
+                example=Example(
+                    [*p.input_ids, *s.ids], [False] * len(p.input_ids) + [True] * len(s.ids), where=p.where
+                ),
                 reward=reward,
                 score=reward,
                 held_out=other,

@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.disk import disk_faults
 
 log = logging.getLogger("rlhf_fast.run.checkpoint")
 
@@ -98,7 +98,7 @@ def save_checkpoint(
     tree, tensors = _flatten(state)
     final = checkpoint_path(root, step)
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
-    with _disk_faults(root):
+    with disk_faults("the checkpoint", root):
         root.mkdir(parents=True, exist_ok=True)
         _sync(root.parent)
         _remove_leftovers(root)
@@ -122,7 +122,7 @@ def _write_files(folder: Path, step: int, tree: bytes, tensors: dict[str, Tensor
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(_written(manifest))
     for path in folder.iterdir():
         _sync(path)
     _sync(folder)
@@ -193,19 +193,6 @@ def _check_space(root: Path, needed: int) -> None:
             f"the checkpoint needs {_size(needed)} and {root} has {_size(free)} free; "
             "free some space, keep fewer checkpoints, or use another output_dir"
         )
-
-
-@contextmanager
-def _disk_faults(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"the checkpoint could not be written to {root}: {error.strerror or error}") from error
-    except Exception as error:
-        # safetensors reports a full disk as its own exception
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"the checkpoint could not be written to {root}: {error}") from error
 
 
 def _sync(path: Path) -> None:
@@ -280,7 +267,10 @@ def find_fault(path: Path | str) -> str | None:
     if not path.is_dir():
         return "no such directory"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        text = (path / MANIFEST).read_text()
+        manifest = json.loads(text)
+        if _written(manifest) != text:  # white space is covered by no digest
+            return f"{MANIFEST} was altered"
         expected, files = manifest.pop("sha256"), manifest["files"]
         if _digest(manifest) != expected:
             return f"{MANIFEST} was altered"
@@ -332,6 +322,11 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _written(manifest: dict[str, Any]) -> str:
+    """A manifest as its file has it."""
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def _digest(manifest: dict[str, Any]) -> str:

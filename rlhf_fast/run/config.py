@@ -70,7 +70,10 @@ def save_config(config: Any, path: Path | str) -> None:
     values = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20))
+    # under another name first: a run that is killed here must still be one that --config goes on with
+    whole = path.with_name(f".{path.name}.tmp")
+    whole.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20))
+    whole.replace(path)
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ JSON has no NaN or infinity: such a value is ``null``, and ``"nonfinite": {"loss
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.disk import disk_faults
 
 FILE = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
@@ -83,8 +85,9 @@ class MetricsLog:
         values = {key: _number(key, value) for key, value in metrics.items()}
         line = {"step": step, "time": round(time.perf_counter() - self._started, 3), **_finite(values)}
         # a line is flushed whole: a kill loses at most the one being written, and resuming drops a torn one
-        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with disk_faults(FILE, self.run_dir):
+            self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+            self._file.flush()
         for tracker in self._trackers:
             tracker.log(values, step=step)
         self._show(step, values)
@@ -97,7 +100,7 @@ class MetricsLog:
         """
         if not self.enabled:
             return
-        with (self.run_dir / COMPLETIONS).open("a", encoding="utf-8") as file:
+        with disk_faults(COMPLETIONS, self.run_dir), (self.run_dir / COMPLETIONS).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False, default=str) + "\n" for row in rows)
         table = [(brief(row["prompt"]), brief(row["completion"]), scores_text(row["rewards"])) for row in rows[:shown]]
         if table and not self._console.quiet:
@@ -131,8 +134,10 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:  # noqa: PYI034 (typing.Self needs Python 3.11)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # what could not be written cannot be flushed either, and was said
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
 
     def _stop_bar(self) -> None:
         if self._progress is not None:

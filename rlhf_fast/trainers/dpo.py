@@ -133,7 +133,7 @@ class DPOTrainer(Trainer):
 
     def collect(self, records: list[Preference]) -> list[Preference]:
         """With what is fixed for a step. Copies: kept beside the data it would be of another epoch's micro-batches."""
-        self.step_rewards = torch.zeros_like(self.rewards)
+        self.step_rewards = torch.zeros_like(self.rewards, device=self.policy.device)
         if self.args.needs_reference and not self.args.precompute_ref_log_probs:
             sums = response_logprobs(self, records)
             records = [replace(r, ref_logprobs=s) for r, s in zip(records, sums)]
@@ -192,8 +192,10 @@ class DPOTrainer(Trainer):
             self.args.beta * x for x in ((pairs.w, pairs.l) if self.args.needs_reference else pairs.per_token())
         )
         if torch.is_grad_enabled() and self.any_is("centred"):
-            seen = torch.stack([(chosen + rejected).double().sum().cpu(), torch.tensor(2.0 * len(chosen))])
-            self.step_rewards = self.step_rewards + seen
+            # stays on the device until the step is over: a micro-step waits for nothing
+            self.step_rewards = self.step_rewards + torch.stack(
+                [(chosen + rejected).double().sum(), chosen.new_full((), 2.0 * len(chosen), dtype=torch.float64)]
+            )
         return {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),

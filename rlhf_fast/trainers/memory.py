@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -167,6 +167,44 @@ def check(trainer: Trainer) -> None:
         trainer.say(f"memory: the largest micro-batch, {tokens:,} tokens, fits ({time.perf_counter() - began:.1f} s)")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+
+
+def halving(trainer: Trainer, records: list[Any], accumulate: Callable[[list[list[Any]]], None]) -> None:
+    """Call ``accumulate`` with the micro-batches of a window; if memory runs out, anew with such of half the size.
+
+    Losses are sums over the window's own denominator, so the gradient does not depend on the split. The smaller size stays
+    for the rest of the run.
+
+    Raises:
+        UserError: a single record does not fit, or one process of several has run out: the others wait for its gradients.
+    """
+    while True:
+        parts = trainer.micro_batches(records)
+        before, figures = dict(vars(trainer)), trainer.metrics.state()
+        try:
+            return accumulate(parts)
+        except torch.OutOfMemoryError as error:
+            said = str(error).splitlines()[0]
+        # outside of the handler, whose traceback holds the pass that did not fit
+        vars(trainer).update(before)  # what the losses noted down
+        trainer.metrics.load_state(figures)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _halve(trainer, parts, said)
+
+
+def _halve(trainer: Trainer, parts: list[list[Any]], said: str) -> None:
+    tokens = max(map(trainer.tokens, parts))
+    smallest = max(trainer.tokens([record]) for part in parts for record in part)
+    what = f"out of memory at step {trainer.step + 1}, in a micro-batch of {tokens:,} tokens"
+    if tokens <= smallest:
+        raise UserError(f"{what}, one record; {_remedy(trainer, job_of(trainer))}. The device said: {said}")
+    fewer = max(smallest, tokens // 2)
+    if len(trainer.ranks) > 1:
+        raise UserError(f"{what}; go on with --resume and micro_batch_tokens {fewer}. The device said: {said}")
+    trainer.micro_batch_tokens = fewer
+    logger.warning("%s: the step begins again with micro_batch_tokens %d, and so it stays", what, fewer)
 
 
 @dataclass

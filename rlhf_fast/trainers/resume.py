@@ -15,6 +15,7 @@ from rlhf_fast.run.checkpoint import (
     checkpoint_path,
     find_checkpoint,
     find_fault,
+    list_checkpoints,
     load_checkpoint,
     rng_state,
     save_checkpoint,
@@ -51,8 +52,15 @@ def load_best(trainer: Trainer, out: Path) -> str:
     return f"best model: step {best.step}, {best.metric} {best.value:.4g}"
 
 
-def resume(trainer: Trainer, out: Path, which: str | bool) -> int:
-    """Go on from the latest good checkpoint below ``out`` (``which`` is True) or from the one at a path; returns its step."""
+def resume(trainer: Trainer, out: Path, which: str | bool) -> int | None:
+    """Go on from the latest good checkpoint below ``out`` (``which`` is True) or from the one at a path.
+
+    Returns:
+        its step; None for a run that was killed before its first checkpoint, which begins again.
+    """
+    if which is True and (out / "config.yaml").is_file() and not list_checkpoints(out / "checkpoints"):
+        logger.warning("the run in %s has no checkpoint yet: it begins again", out)
+        return None
     path = find_checkpoint(out / "checkpoints", which)
     restore(trainer, load_checkpoint(path, verify=False))
     logger.info("resumed from %s at step %d", path, trainer.step)
@@ -83,6 +91,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "best": trainer.best.state(),
         "stopped": trainer.stopped,
         "rolls_back": trainer.rolls_back,
+        "data": _data(trainer),
         "callbacks": trainer.callbacks.state(),
         # frozen, and not in here
         "base": trainer.policy.base if trainer.policy.adapters.names else None,
@@ -149,6 +158,11 @@ def _frozen(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {n: p for n, p in named if not p.requires_grad and any(part in n for part in ours)}
 
 
+def _data(trainer: Trainer) -> str:
+    """A hash of the tokens that the run learns from."""
+    return trainer.reports["train"].sha256
+
+
 def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Tensor]) -> None:
     """Raise UserError unless ``state`` belongs to a run like this one: parameters, processes, frozen base."""
     here, there = ({n: tuple(w.shape) for n, w in weights.items()} for weights in (mine, state["weights"]))
@@ -162,6 +176,11 @@ def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Te
         raise UserError(
             f"the checkpoint was written by {len(state['ranks'])} processes, this run has "
             f"{trainer.accelerator.num_processes}; start as many"
+        )
+    if state["data"] != _data(trainer):
+        raise UserError(
+            f"the rows of {trainer.reports['train'].source}, or the tokenizer, are other ones than the checkpoint's run began "
+            "with, though as many: resume with the data as it was then"
         )
     if state["frozen"] != (trainer.frozen or frozen_digest(trainer)):
         raise UserError(

@@ -32,13 +32,15 @@ from rlhf_fast.models.adapters import is_4bit
 from rlhf_fast.models.policy import in_eval_mode
 from rlhf_fast.run import sharding
 from rlhf_fast.run.config import save_config
+from rlhf_fast.run.disk import disk_faults
 from rlhf_fast.run.distribution import Ranks
 from rlhf_fast.run.means import Means
 from rlhf_fast.run.metrics import MetricsLog
+from rlhf_fast.run.record import Record, lineage, redacted
 from rlhf_fast.run.signals import StopSignals
 from rlhf_fast.run.times import Times
 
-from . import memory
+from . import memory, nonfinite
 from .algorithm import Algorithm, Window
 from .best import Best
 from .build import build_policy, records_of
@@ -101,6 +103,7 @@ class Trainer(Algorithm):
             device=self.accelerator.device,
             say=self.say,
         )
+        self._model_name = str(model) if isinstance(model, (str, Path)) else self.policy.model.name_or_path
         self.tokenizer = self.policy.tokenizer
         self.add_roles()
         if not self.keep_dropout:
@@ -181,12 +184,18 @@ class Trainer(Algorithm):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         resumed = resume(self, out, resume_from_checkpoint) if resume_from_checkpoint else None
         if self.accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            save_config(self.args, out / "config.yaml")
+            with disk_faults("the config", out):
+                out.mkdir(parents=True, exist_ok=True)
+                save_config(self.args, out / "config.yaml")
         self.policy.train()
         memory.check(self)
+        with self._open_record(out, resumed) as record:
+            return self._run(out, resumed, record)
+
+    def _run(self, out: Path, resumed: int | None, record: Record) -> dict[str, float]:
+        """The loop, from wherever the run stands."""
         log = self._open_log(out, resumed)
-        final: dict[str, float] = {}
+        final = record.figures
         self._tokens_logged = self.num_tokens
         with log, StopSignals() as stop:
             while not self.finished:
@@ -203,6 +212,7 @@ class Trainer(Algorithm):
                     logged = self._log(log)
                     final.update(logged)
                 self._notify("on_step", logged)
+                record.step = self.step
                 if self._evaluation_due and not interrupted:  # who asked to stop will not wait for it
                     final.update(self._evaluate(log))
                 if self.finished or interrupted or self.step % self.args.save_steps == 0 or self.best.step == self.step:
@@ -222,14 +232,19 @@ class Trainer(Algorithm):
         if self.memory_plan is not None and torch.cuda.is_available():
             self.say(memory.compare(self.memory_plan, torch.cuda.max_memory_allocated()))
         self.save_model(out)
-        return final
+        record.outcome = self.stopped or (
+            "finished" if self.finished else f"interrupted by {stop.name or 'another rank'}"
+        )
+        return dict(final)
 
     def save_model(self, folder: str | Path | None = None) -> None:
         """Write the trained model: adapter or weights, heads, tokenizer. Collective."""
         self.accelerator.wait_for_everyone()
         weights = weights_of(self) if self.sharded else None
+        folder = folder or self.args.output_dir
         if self.accelerator.is_main_process:
-            self.policy.save(folder or self.args.output_dir, weights)
+            with disk_faults("the model", folder):
+                self.policy.save(folder, weights)
 
     @property
     def total_steps(self) -> int:
@@ -320,8 +335,19 @@ class Trainer(Algorithm):
         """One step on the records at ``indices``."""
         records = [self.records[i] for i in indices]
         window = self._window(records)
-        parts, world = self.micro_batches(records), len(self.ranks)
-        idle = self.idle_passes(len(parts))
+        memory.halving(self, records, lambda parts: self._accumulate(parts, window))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
+        self._apply(sharding.gathered(norm).to(self.accelerator.device), records, window)
+        self.tokens_seen += sum(len(e) for record in records for e in self.examples(record))
+        self.step += 1
+        self.after_step()
+        # a schedule is a function of where the run is
+        self.scheduler.last_epoch = self.position - 1
+        self.scheduler.step()
+
+    def _accumulate(self, parts: list[list[Any]], window: Window) -> None:
+        """Add up the gradients of a window's micro-batches. Nothing here waits for the device."""
+        world, idle = len(self.ranks), self.idle_passes(len(parts))
         for number, part in enumerate(parts, start=1):
             # ranks may differ in how many they have: gradients meet once, in the last one of each
             hold = (
@@ -335,14 +361,6 @@ class Trainer(Algorithm):
                     self._loss = self._loss + loss.detach()
         for loss in self._idle_losses(parts[-1:] * idle, window):
             self.accelerator.backward(loss * 0.0)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
-        self._apply(sharding.gathered(norm).to(self.accelerator.device))
-        self.tokens_seen += sum(len(e) for record in records for e in self.examples(record))
-        self.step += 1
-        self.after_step()
-        # a schedule is a function of where the run is
-        self.scheduler.last_epoch = self.position - 1
-        self.scheduler.step()
 
     @property
     def sharded(self) -> bool:
@@ -365,18 +383,19 @@ class Trainer(Algorithm):
                 yield loss
             vars(self).update(before)  # what the losses noted down
 
-    def _apply(self, norm: Tensor) -> None:
+    def _apply(self, norm: Tensor, records: list[Any], window: Window) -> None:
         """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
             self.skipped = 0
         else:
             self.skipped += 1
-            logger.warning("step %d skipped: the gradient norm is %s", self.step + 1, float(norm))
+            told = nonfinite.report(self, records, window)
+            logger.warning("step %d skipped: the gradient norm is %s; %s", self.step + 1, float(norm), told)
             if self.skipped == MAX_SKIPPED_STEPS:
                 raise UserError(
                     f"{MAX_SKIPPED_STEPS} steps in a row had non-finite gradients, the last at step {self.step + 1}; "
-                    f"lower the learning rate (now {self.scheduler.get_last_lr()[0]:g}) or inspect the data there"
+                    f"lower the learning rate (now {self.scheduler.get_last_lr()[0]:g}) or inspect the data there: {told}"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.accelerator.reduce(torch.as_tensor(self._loss, device=self.accelerator.device), "sum")
@@ -428,6 +447,16 @@ class Trainer(Algorithm):
         if self.ranks.any(bool(self.stopped)):
             self.stopped = self.stopped or "another process stopped"
 
+    def _open_record(self, out: Path, resumed: int | None) -> Record:
+        config = dataclasses.asdict(self.args) | {"model_name_or_path": self._model_name}
+        data = {
+            name: {"source": r.source, "rows": r.rows, "kept": r.kept, "sha256": r.sha256}
+            for name, r in self.reports.items()
+        }
+        about = {"method": self.method, "config": config, "data": data, "lineage": lineage(config)}
+        about["processes"] = len(self.ranks)
+        return Record(out, about, resumed, enabled=self.accelerator.is_main_process)
+
     def _open_log(self, out: Path, resumed: int | None) -> MetricsLog:
         return MetricsLog(
             out,
@@ -436,7 +465,7 @@ class Trainer(Algorithm):
             trackers=self.args.report_to,
             quiet=self.args.quiet,
             resume_step=resumed,
-            config=dataclasses.asdict(self.args),
+            config=redacted(dataclasses.asdict(self.args)),
             enabled=self.accelerator.is_main_process,
         )
 
