@@ -115,6 +115,11 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.sampler.load_state(state["sampler"])
     except ValueError as error:
         raise UserError(f"{error}; resume with the data and the seed that the run began with") from error
+    if state["data"] != _data(trainer):
+        raise UserError(
+            f"the rows of {trainer.reports['train'].source}, or the tokenizer, are other ones than the checkpoint's run began "
+            "with, though as many: resume with the data as it was then"
+        )
     trainer.rows_drawn, trainer.skipped = state["rows_drawn"], state["skipped"]
     # what a plan or a rehearsal had settled on: sums in other parts would round differently
     trainer.micro_batch_tokens = state["micro_batch_tokens"]
@@ -176,11 +181,6 @@ def _check_fit(trainer: Trainer, state: dict[str, Any], mine: dict[str, torch.Te
         raise UserError(
             f"the checkpoint was written by {len(state['ranks'])} processes, this run has "
             f"{trainer.accelerator.num_processes}; start as many"
-        )
-    if state["data"] != _data(trainer):
-        raise UserError(
-            f"the rows of {trainer.reports['train'].source}, or the tokenizer, are other ones than the checkpoint's run began "
-            "with, though as many: resume with the data as it was then"
         )
     if state["frozen"] != (trainer.frozen or frozen_digest(trainer)):
         raise UserError(
