@@ -84,7 +84,7 @@ def test_every_setting_of_every_trainer_says_what_it_means():
         (["export", "nowhere", "-o", "x"], "nowhere is not a folder"),
         (["export"], "the following arguments are required: RUN"),
         (["export", "nowhere", "-o", "x", "--merg"], "did you mean --merge?"),
-        (["env", "stray"], "unrecognized arguments: stray"),
+        (["env", "runs/x", "stray"], "unrecognized arguments: stray"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(argv, said, capsys):

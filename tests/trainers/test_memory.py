@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -355,11 +356,12 @@ def test_keys_and_values_are_planned_where_the_policy_itself_writes(make):
     here, colocated = job_of(make("grpo", use_peft=True)), job_of(make("grpo", **vllm))
     sleeping = job_of(make("grpo", **vllm, vllm_enable_sleep_mode=True))
     assert [j.writes for j in (here, colocated, sleeping)] == [True, False, False]
-    made = {job: plan(job, 10**9) for job in (here, colocated, sleeping)}
+    made = {job: plan(replace(job, device="cuda"), 10**9) for job in (here, colocated, sleeping)}
     assert made[here].total("prefill") and made[here].total("decode")
     for job in (colocated, sleeping):
         assert not made[job].total("prefill") and not made[job].total("decode")
-    assert made[colocated].total("outside") == made[here].total("outside") + 0.25e9
+    shares = [[(p.bytes, p.when) for p in made[job].parts if "vLLM" in p.name] for job in (here, colocated, sleeping)]
+    assert shares == [[], [(0.25e9, "outside")], [(0.25e9, "vllm")]]
     weights = made[sleeping].total("always")
     assert made[sleeping].needed == max(made[sleeping].tensors, weights + 0.25e9) + made[sleeping].total("outside")
     trainer = make("grpo", **vllm)
