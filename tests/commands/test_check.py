@@ -54,7 +54,8 @@ def test_a_sound_data_set_is_described_and_accepted(model, data, capsys):
     assert "2+1=" not in out, "one row was asked for"
 
 
-def test_what_it_says_of_a_bad_row_is_what_training_stops_at(model, data, capsys, tmp_path):
+def test_what_it_says_of_a_bad_row_is_what_training_stops_at(model, data, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # so that a long path breaks no line
     path = data([*SUMS, BAD, {**BAD, "completion": 18}])
     code, out, _ = check(capsys, path, "--for", "sft", "--model", model)
     assert code == 1
