@@ -62,6 +62,7 @@ SHARED_TRAINER_FILES = tuple(
         "optimizers",
         "memory",
         "nonfinite",
+        "trial",
         "resume",
         "best",
         "callbacks",

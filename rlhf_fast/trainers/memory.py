@@ -6,7 +6,6 @@ largest micro-batch before the first step, so that a run that does not fit says 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -21,8 +20,9 @@ from rlhf_fast.models import Policy
 from rlhf_fast.models.adapters import is_4bit
 from rlhf_fast.models.load import held_bytes
 from rlhf_fast.run import memory
-from rlhf_fast.run.checkpoint import rng_state, set_rng_state
 from rlhf_fast.run.memory import GB, OPTIMIZER_BYTES, Job, Part, Plan
+
+from .trial import trial
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -229,45 +229,39 @@ def rehearse(trainer: Trainer) -> int:
         UserError: the smallest micro-batch does not fit; says in which pass, what takes the most, and what to change.
     """
     smallest = trainer.sizes()["record_tokens"]
-    while trainer.ranks.any((trial := _try(trainer)).error is not None):
-        if trial.tokens <= smallest:
-            raise UserError(_too_large(trainer, trial))
+    while trainer.ranks.any((tried := _try(trainer)).error is not None):
+        if tried.tokens <= smallest:
+            raise UserError(_too_large(trainer, tried))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        trainer.micro_batch_tokens = max(smallest, trial.tokens // 2)
+        trainer.micro_batch_tokens = max(smallest, tried.tokens // 2)
         trainer.say(
-            f"memory: a micro-batch of {trial.tokens:,} tokens does not fit (in the {trial.stage}); going on with "
+            f"memory: a micro-batch of {tried.tokens:,} tokens does not fit (in the {tried.stage}); going on with "
             f"micro_batch_tokens {trainer.micro_batch_tokens}"
         )
-    return trial.tokens
+    return tried.tokens
 
 
 def _try(trainer: Trainer) -> Trial:
-    before, random = dict(vars(trainer)), rng_state()
-    trial, ballast = Trial(0), None
-    trainer.step = trainer.largest_step  # what steps differ in is tried at its largest
-    records = trainer.largest()
-    trial.tokens = trainer.tokens(records)
-    alone = len(trainer.ranks) == 1
-    trainer.ranks = trainer.ranks.alone()  # a process that has run out of memory answers no other's call
+    tried, ballast = Trial(0), None
     try:
-        ballast = _ballast(trainer)
-        trial.stage = "forward pass"
-        if trainer.record_class is None:
-            records = trainer.collect(records)
-        with contextlib.nullcontext() if alone else trainer.accelerator.no_sync(trainer.model):
+        with trial(trainer):
+            trainer.step = trainer.largest_step  # what steps differ in is tried at its largest
+            records = trainer.largest()
+            tried.tokens = trainer.tokens(records)
+            ballast = _ballast(trainer)
+            tried.stage = "forward pass"
+            if trainer.record_class is None:
+                records = trainer.collect(records)
             for loss, *_ in trainer.losses(records, trainer.own_window(records)):
-                trial.stage = "backward pass"
+                tried.stage = "backward pass"
                 trainer.accelerator.backward(loss)
-                trial.stage = "forward pass"
+                tried.stage = "forward pass"
     except torch.OutOfMemoryError as error:
-        trial.error = str(error).splitlines()[0]
+        tried.error = str(error).splitlines()[0]
     finally:
         del ballast
-        vars(trainer).update(before)  # what the losses noted down
-        trainer.optimizer.zero_grad(set_to_none=True)
-        set_rng_state(random)
-    return trial
+    return tried
 
 
 def _ballast(trainer: Trainer) -> torch.Tensor:
@@ -279,15 +273,15 @@ def _ballast(trainer: Trainer) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=trainer.accelerator.device)
 
 
-def _too_large(trainer: Trainer, trial: Trial) -> str:
-    if trial.error is None:
-        return f"out of memory on another process, with one record of {trial.tokens:,} tokens; it says more"
+def _too_large(trainer: Trainer, tried: Trial) -> str:
+    if tried.error is None:
+        return f"out of memory on another process, with one record of {tried.tokens:,} tokens; it says more"
     made = plan_of(trainer)
     parts = sorted((p for p in made.parts if p.when not in (*memory.SAMPLING, "host")), key=lambda p: -p.bytes)[:3]
     takes = ", ".join(f"{p.name} {p.bytes / GB:.2f} GB" for p in parts)
     return (
-        f"out of memory in the {trial.stage} of the smallest micro-batch, one record of {trial.tokens:,} tokens "
-        f"({takes}); {_remedy(trainer, made.job)}. The device said: {trial.error}"
+        f"out of memory in the {tried.stage} of the smallest micro-batch, one record of {tried.tokens:,} tokens "
+        f"({takes}); {_remedy(trainer, made.job)}. The device said: {tried.error}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_fast.run.checkpoint import rng_state, set_rng_state
 from rlhf_fast.run.disk import disk_faults
 
 from .algorithm import Window
+from .trial import trial
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -30,47 +29,43 @@ def report(trainer: Trainer, records: list[Any], window: Window) -> str:
     to know. Weights, figures and random state are as before, gradients are dropped. Where weights are sharded, passes take all
     ranks, and the batch is kept only.
     """
-    figures = [(0.0, 0.0)] * len(records) if trainer.sharded else _alone(trainer, records, window)
+    if trainer.sharded:
+        figures, rows = [(None, None)] * len(records), "with sharded weights rows are not looked at one by one"
+    else:
+        figures = _alone(trainer, records, window)
+        rows = _at_fault(trainer, records, figures)
     rank = trainer.ranks.index
     path = Path(trainer.args.output_dir) / FOLDER / f"step-{trainer.step + 1:08d}{f'-rank{rank}' if rank else ''}.jsonl"
     with disk_faults("a skipped step's batch", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for record, (loss, norm) in zip(records, figures):
-                loss, norm = (None, None) if trainer.sharded else (loss, norm)
                 file.write(json.dumps(_plain(_line(trainer, record, loss, norm)), ensure_ascii=False) + "\n")
+    return f"{rows}; the batch is in {path}"
+
+
+def _at_fault(trainer: Trainer, records: list[Any], figures: list[tuple[float, float]]) -> str:
     guilty = [
         f"{_where(trainer, record)} (loss {loss:g}, gradient norm {norm:g})"
         for record, (loss, norm) in zip(records, figures)
         if not (math.isfinite(loss) and math.isfinite(norm))
     ]
     more = f" and {len(guilty) - NAMED} more" if len(guilty) > NAMED else ""
-    rows = f"rows at fault: {', '.join(guilty[:NAMED])}{more}" if guilty else "no row is at fault by itself"
-    if trainer.sharded:
-        rows = "with sharded weights rows are not looked at one by one"
-    return f"{rows}; the batch is in {path}"
+    return f"rows at fault: {', '.join(guilty[:NAMED])}{more}" if guilty else "no row is at fault by itself"
 
 
 def _alone(trainer: Trainer, records: list[Any], window: Window) -> list[tuple[float, float]]:
     """Loss and norm of the gradient of each record by itself."""
-    before, random = dict(vars(trainer)), rng_state()
-    alone = len(trainer.ranks) == 1
-    trainer.ranks = trainer.ranks.alone()
     figures = []
-    try:
+    with trial(trainer):
         for record in records:
             trainer.optimizer.zero_grad(set_to_none=True)
             total = 0.0
-            with contextlib.nullcontext() if alone else trainer.accelerator.no_sync(trainer.model):
-                for loss, *_ in trainer.losses([record], window):
-                    trainer.accelerator.backward(loss)
-                    total += float(loss.detach())
+            for loss, *_ in trainer.losses([record], window):
+                trainer.accelerator.backward(loss)
+                total += float(loss.detach())
             norms = [p.grad.norm() for p in trainer.parameters if p.grad is not None]
             figures.append((total, float(torch.stack(norms).norm()) if norms else 0.0))
-    finally:
-        vars(trainer).update(before)  # what the losses noted down
-        trainer.optimizer.zero_grad(set_to_none=True)
-        set_rng_state(random)
     return figures
 
 

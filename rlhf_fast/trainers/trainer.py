@@ -349,10 +349,9 @@ class Trainer(Algorithm):
         """Add up the gradients of a window's micro-batches. Nothing here waits for the device."""
         world, idle = len(self.ranks), self.idle_passes(len(parts))
         for number, part in enumerate(parts, start=1):
-            # ranks may differ in how many they have: gradients meet once, in the last one of each
-            hold = (
-                number < len(parts) and world > 1 and not self.sharded
-            )  # of a part, what is gathered is soon too much
+            # ranks may differ in how many they have: gradients meet once, in the last one of each. Sharded ones meet each time:
+            # whole, they would soon be too much
+            hold = number < len(parts) and world > 1 and not self.sharded
             with self.accelerator.no_sync(self.model) if hold else contextlib.nullcontext():
                 for loss, metrics, weight in self.losses(part, window):
                     # gradients are averaged over ranks; the denominator already counts them all
