@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def _show(console: Console, report: Report, items: list[Any], tokenizer: Any, op
         console.print(f"{report.name}: {ended:,} of {len(sequences):,} sequences end with a trained stop token{begun}")
     console.print(f"{report.name}: {_shortened(report)}", markup=False)
     if report.problems:
-        counts = {reason: sum(p.reason == reason for p in report.problems) for reason in _reasons(report)}
+        counts = Counter(problem.reason for problem in report.problems)
         print_table(f"{report.name}: bad rows", counts.items(), ("what", "rows"), console)
         listed = [(p.where, p.column, p.message) for p in report.problems[: options.problems]]
         print_table(f"{report.name}: the first {len(listed)}", listed, ("row", "column", "what is wrong"), console)
@@ -133,10 +134,6 @@ def _show(console: Console, report: Report, items: list[Any], tokenizer: Any, op
         console.print(f"\n{report.name}: row {number} of those kept", style="bold")
         for example in examples_of(item) or [item]:
             console.print(_painted(example, tokenizer, report.stop_ids, console.is_terminal))
-
-
-def _reasons(report: Report) -> list[str]:
-    return list(dict.fromkeys(problem.reason for problem in report.problems))
 
 
 def _shortened(report: Report) -> str:

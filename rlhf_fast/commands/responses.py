@@ -29,8 +29,8 @@ def about_run(policy: Policy, prompts: Sequence[Prompt], sampling: dict[str, Any
     rows = hashlib.sha256()
     for p in prompts:
         rows.update(json.dumps([p.input_ids, p.prompt, p.columns], default=str).encode())
-    written = json.dumps({"model": {**weights, "dtype": str(policy.model.dtype)}, "prompts": rows.hexdigest()[:16]})
-    return {**json.loads(written), **json.loads(json.dumps(sampling))}  # as it is read back: lists, not tuples
+    about = {"model": {**weights, "dtype": str(policy.model.dtype)}, "prompts": rows.hexdigest()[:16], **sampling}
+    return json.loads(json.dumps(about))  # as it is read back: lists, not tuples
 
 
 def note_path(output: Path) -> Path:

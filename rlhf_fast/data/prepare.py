@@ -260,7 +260,7 @@ class _Preparation:
         self.rows: NormalisedRecords = normalise(records, need, bad_rows)
         self.encoder = Encoder(tokenizer, stop_ids, chat_template_kwargs, vocab_size)
         self.report = Report(name, self.rows.source, self.rows.format, max_length)
-        self.report.rows = len(self.rows) + sum(self.rows.dropped.values())
+        self.report.rows = len(self.rows) + len(self.rows.problems)
         self.report.dropped.update(self.rows.dropped)
         self.report.problems += self.rows.problems
         self.report.stop_ids = self.encoder.stop_ids

@@ -6,8 +6,6 @@ next round starts from. The revisions are demonstrations for ``sft``; preferred 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,8 +61,7 @@ class Constitution:
         names = [p.name for p in principles]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{source}: two principles are called '{twice[0]}'")
-        text = json.dumps(values, ensure_ascii=False, sort_keys=True)
-        name = f"{Path(source).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        name = f"{Path(source).stem}-{key_of(values)[:8]}"
         return cls(name, tuple(principles), values["critique_request"], values["revision_request"])
 
     def draw(self, about: Any, rounds: int, seed: int) -> list[Principle]:

@@ -11,8 +11,6 @@ from rlhf_fast.feedback.candidates import Candidates
 from rlhf_fast.rewards.judge import Panel
 from rlhf_fast.rewards.judging import Standing
 
-FORMATS = ("pairs", "ranked")
-
 
 @dataclass
 class Labels:

@@ -50,11 +50,7 @@ class Ledger:
         line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n"
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            data = line.encode()
-            if _ends_torn(descriptor):
-                data = b"\n" + data
-            os.write(descriptor, data)
-            os.fsync(descriptor)
+            append_line(descriptor, line.encode())
         finally:
             os.close(descriptor)
 
@@ -76,7 +72,11 @@ def key_of(call: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _ends_torn(descriptor: int) -> bool:
-    """Whether the file ends within a line, as a kill leaves it."""
-    size = os.lseek(descriptor, 0, os.SEEK_END)
-    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+def append_line(descriptor: int, data: bytes) -> None:
+    """Put a line at the end of a file that was opened to append; it is on the disk on return."""
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        data = b"\n" + data  # a line that a kill tore stays a line of its own
+    while data:
+        data = data[os.write(descriptor, data) :]
+    os.fsync(descriptor)

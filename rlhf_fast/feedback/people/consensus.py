@@ -14,7 +14,6 @@ from rlhf_fast.feedback.people.items import Items
 from rlhf_fast.feedback.people.store import Label, Store
 from rlhf_fast.rewards.judging import Standing
 
-FORMS = ("pairs", "ranked", "safety")
 Pair = tuple[int, int]
 
 

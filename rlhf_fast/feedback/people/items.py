@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.feedback.judge import Candidates
+from rlhf_fast.feedback.candidates import Candidates
 from rlhf_fast.rewards.ledger import key_of
 from rlhf_fast.rewards.verifiers import text_of
 

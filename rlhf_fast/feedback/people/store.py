@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rewards.ledger import append_line
 
 MARGINS = ("slightly", "clearly", "much")  # better, as 1, 2 and 3
 
@@ -129,13 +130,7 @@ class Store:
             if self.path is not None:
                 raise RuntimeError("this store was opened for reading")
             return
-        data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-        size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            data = b"\n" + data  # a line that a kill tore stays a line of its own
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        os.fsync(self._descriptor)
+        append_line(self._descriptor, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
 
     # ---- replaying
 
