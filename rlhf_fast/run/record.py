@@ -99,7 +99,7 @@ def _last_byte(path: Path) -> bytes:
 def read_record(folder: Path | str) -> list[dict[str, Any]]:
     """The lines of a run's record, without one that a kill has torn. Empty when there is none."""
     path, lines = Path(folder) / FILE, []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlhf_fast.data.batch import Example
@@ -54,11 +53,10 @@ def precomputed(trainer: Trainer, records: Sequence[Any]) -> list[list[float]]:
     key = cache_key(trainer, records)
     path = cache_folder() / "reference_logprobs" / f"{key}.safetensors"
     shape = (len(records), len(trainer.examples(records[0])))
-    kept = [read_numbers(path, key, shape) if trainer.accelerator.is_main_process else None]
-    broadcast_object_list(kept)
-    if kept[0] is not None and not trainer.ranks.any(not _agrees(trainer, records, kept[0])):
+    kept = trainer.ranks.from_main(lambda: read_numbers(path, key, shape))
+    if kept is not None and not trainer.ranks.any(not _agrees(trainer, records, kept)):
         trainer.say(f"reference: log-probabilities of {len(records):,} rows read from {path}")
-        return kept[0].tolist()
+        return kept.tolist()
     numbers = torch.tensor(trainer.ranks.gather(response_logprobs(trainer, trainer.ranks.share(records))))
     if trainer.accelerator.is_main_process:
         write_numbers(path, key, numbers)
