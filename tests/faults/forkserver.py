@@ -7,13 +7,15 @@ name of its number, as ENOSPC). A run that ends writes ``digest.json`` into its 
 
 Moments: ``save.begin``, ``save.op`` (each call that touches the disk within a save), ``save.end``, ``rollout`` (each pass of the
 model while sampling), ``micro`` (each backward pass, before it), ``backward`` (after it), ``optimizer`` (before each step),
-``stepped`` (after it), ``log``.
+``stepped`` (after it), ``log``, ``evaluate``, ``evaluated``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -33,7 +35,7 @@ from rlhf_fast.run.metrics import MetricsLog
 from rlhf_fast.trainers import resume
 from rlhf_fast.trainers.trainer import Trainer
 
-METHODS = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
+METHODS = tuple(name for name, command in cli.COMMANDS.items() if command.group == "train")
 TOUCH_THE_DISK = (
     *((checkpoint, name) for name in ("_sync", "save_file", "_sha256")),
     (checkpoint.shutil, "rmtree"),
@@ -104,6 +106,7 @@ class Moments:
         self.around(Accelerator, "backward", "micro", "backward")
         self.around(AcceleratedOptimizer, "step", "optimizer", "stepped")
         self.around(MetricsLog, "log", "log")
+        self.around(Trainer, "_evaluate", "evaluate", "evaluated")
 
 
 def note_what_is_consumed() -> None:
@@ -187,6 +190,8 @@ def run(job: dict[str, Any], pipe: int) -> int:
 def main() -> None:
     for name in METHODS:  # before the forks
         cli.trainer_of(name)
+    with contextlib.suppress(ImportError):  # for bases in 4 bit
+        importlib.import_module("bitsandbytes")
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:

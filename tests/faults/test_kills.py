@@ -1,7 +1,7 @@
 """``kill -9``, then ``--resume``: the end is that of a run nobody touched, bit for bit, wherever it was killed.
 
-12 kills by default, one for each trainer with LoRA and full; ``-m slow`` makes 300, and one at every micro-step of a buffer.
-``RLHF_FAST_SEED`` draws others.
+12 kills by default, one of each kind of run, which take turns at full weights, LoRA and QLoRA; ``-m slow`` makes 300 over all
+of them, and one at every micro-step of a buffer. ``RLHF_FAST_SEED`` draws others.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections import Counter
 
 import pytest
 
-from tests.faults.conftest import KINDS
+from rlhf_fast.cli import COMMANDS
+from tests.faults.conftest import KINDS, WEIGHTS
 
 SEED = int(os.environ.get("RLHF_FAST_SEED", "0"))
-RUNS = [(kind, lora) for kind in KINDS for lora in (False, True)]
+RUNS = [(kind, weights) for kind in KINDS for weights in WEIGHTS]
+# one of each kind; another seed moves all to the next weights
+TURNS = [(kind, list(WEIGHTS)[(number + SEED) % len(WEIGHTS)]) for number, kind in enumerate(KINDS)]
 IN_A_SAVE = 0.4  # share of the kills
 
 
@@ -36,12 +39,19 @@ def draw(rng, ticks, in_a_save):
     return name, rng.randint(1, ticks[name])
 
 
-@pytest.mark.parametrize(("kind", "lora"), RUNS, ids=lambda value: {True: "lora", False: "full"}.get(value, value))
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(kind, lora, server, whole, tmp_path):
-    number = RUNS.index((kind, lora))
+@pytest.mark.parametrize("number", range(len(TURNS)), ids=[" ".join(turn) for turn in TURNS])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(number, server, whole, tmp_path):
+    kind, weights = TURNS[number]
     rng = random.Random(f"{SEED} {number}")
-    moment = draw(rng, whole(kind, use_peft=lora)[1], in_a_save=number % 3 == 0)
-    kill_and_resume(server, whole, tmp_path / "run", kind, moment, use_peft=lora)
+    in_a_save = (number + number // 3) % 3 == 0  # of a third of the runs, whose weights differ
+    moment = draw(rng, whole(kind, **WEIGHTS[weights])[1], in_a_save)
+    kill_and_resume(server, whole, tmp_path / "run", kind, moment, **WEIGHTS[weights])
+
+
+def test_every_command_that_trains_is_killed():
+    assert {settings.get("method", kind) for kind, settings in KINDS.items()} == {
+        name for name, command in COMMANDS.items() if command.group == "train"
+    }
 
 
 def test_a_run_without_a_checkpoint_begins_again(server, whole, tmp_path):
@@ -55,17 +65,19 @@ def buffers():
         yield "grpo", {"num_iterations": count, "max_steps": count + 1}, 2 * count
         # two mini-batches of two micro-batches each, a policy and a value pass in each
         yield "ppo", {"num_ppo_epochs": count, "max_steps": 2 * count + 1}, 8 * count
+    # and one of the costs' values
+    yield "safe-ppo functions", {"num_ppo_epochs": 2, "max_steps": 5}, 24
 
 
 @pytest.mark.slow
 def test_300_random_kills(server, whole, tmp_path):
     rng, places = random.Random(SEED), Counter()
     for number in range(300):
-        kind, lora = RUNS[number % len(RUNS)]
-        moment = draw(rng, whole(kind, use_peft=lora)[1], rng.random() < IN_A_SAVE)
-        kill_and_resume(server, whole, tmp_path / str(number), kind, moment, use_peft=lora)
+        kind, weights = RUNS[number % len(RUNS)]
+        moment = draw(rng, whole(kind, **WEIGHTS[weights])[1], rng.random() < IN_A_SAVE)
+        kill_and_resume(server, whole, tmp_path / str(number), kind, moment, **WEIGHTS[weights])
         places[moment[0]] += 1
-        print(number + 1, kind, "lora" if lora else "full", *moment, "same", flush=True)
+        print(number + 1, kind, weights, *moment, "same", flush=True)
     print(places, f"{places['save.op'] / 300:.0%} inside a save")
     assert places["save.op"] >= 90
 
