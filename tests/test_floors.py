@@ -24,9 +24,12 @@ FLOORS = {
         ("models", "run", "data", "kernels", "errors"),
         ("transformers", "numpy", "httpx2", "starlette", "vllm"),
     ),
-    "rewards": (("rollout", "models", "data", "kernels", "errors"), ("transformers", "numpy", "math_verify", "httpx2")),
+    "rewards": (
+        ("rollout", "models", "run", "data", "kernels", "errors"),
+        ("transformers", "numpy", "math_verify", "httpx2"),
+    ),
     "feedback": (
-        ("rewards", "rollout", "models", "data", "errors"),
+        ("rewards", "rollout", "models", "run", "data", "errors"),
         ("transformers", "starlette", "uvicorn", "rich", "numpy"),
     ),
     "trainers": (

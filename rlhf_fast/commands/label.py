@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TOKEN = "RLHF_FAST_LABEL_TOKEN"
 ANY = ("0.0.0.0", "::")
-FORMATS = ("pairs", "ranked", "safety", "argilla", "label-studio")
+FORMATS = ("pairs", "ranked", "safety", "kto", "argilla", "label-studio")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +63,9 @@ def _parser() -> Parser:
     parser.add_argument("--safety", action="store_true", help="also ask which response is safer, and which are unsafe")
     parser.add_argument("--export", metavar="FILE", help="write what the answers come to, instead of showing the page")
     parser.add_argument(
-        "--format", choices=FORMATS, help="of the export; pairs where all prompts have two responses, else ranked"
+        "--format",
+        choices=FORMATS,
+        help="of the export; pairs where all prompts have two responses, else ranked; kto: good and bad ones, by themselves",
     )
     parser.add_argument(
         "--margins",

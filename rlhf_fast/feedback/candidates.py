@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ def read_candidates(records: Records) -> tuple[list[Candidates], int]:
     """
     columns = set(records[0])
     if {"prompt", "responses"} <= columns and "ranking" not in columns:
-        groups = [_listed(records, i, row) for i, row in enumerate(records)]
+        groups = list(_listed(records))
     elif {"prompt", "completion"} <= columns:
         groups = list(_gathered(normalise(records, "sft")))
     else:
@@ -47,17 +48,20 @@ def read_candidates(records: Records) -> tuple[list[Candidates], int]:
     return candidates, len(groups) - len(candidates)
 
 
-def _listed(records: Records, i: int, row: dict[str, Any]) -> Candidates:
-    responses = row["responses"]
-    if not isinstance(responses, list) or not responses:
-        raise UserError(f"{records.where(i)}: `responses` must be a list of responses, got {str(responses)[:40]!r}")
-    # the checks of one response each, and its form after a conversation
-    checked = [
-        normalise(Records([{"prompt": row["prompt"], "completion": r}], records.where(i), ["`responses`"]), "sft")[0]
-        for r in responses
-    ]
-    rest = {k: v for k, v in row.items() if k not in ("prompt", "responses")}
-    return Candidates(checked[0]["prompt"], [c["completion"] for c in checked], rest)
+def _listed(records: Records) -> Iterator[Candidates]:
+    """Each row's list of responses, all of them checked, and brought to their form after a conversation, as single ones."""
+    single, lines = [], []
+    for i, row in enumerate(records):
+        responses = row["responses"]
+        if not isinstance(responses, list) or not responses:
+            raise UserError(f"{records.where(i)}: `responses` must be a list of responses, got {str(responses)[:40]!r}")
+        single += [{"prompt": row["prompt"], "completion": response} for response in responses]
+        lines += [f"{records.where(i).removeprefix(f'{records.source}, ')}, `responses`"] * len(responses)
+    checked = iter(normalise(Records(single, records.source, lines), "sft"))
+    for row in records:
+        rest = {k: v for k, v in row.items() if k not in ("prompt", "responses")}
+        mine = list(itertools.islice(checked, len(row["responses"])))
+        yield Candidates(mine[0]["prompt"], [one["completion"] for one in mine], rest)
 
 
 def _gathered(rows: Sequence[dict[str, Any]]) -> Iterator[Candidates]:

@@ -178,7 +178,7 @@ class LocalChat(Chat):
     """A model in this process, through the slot engine. It writes with its chat template, or the plain one without any."""
 
     def __init__(self, model: Any, wording: Wording, *, batch_size: int = 64, **keep: Any) -> None:
-        self.policy = model if isinstance(model, Policy) else load(model)
+        self.policy = model if isinstance(model, Policy) else load(model).requires_grad_(False)
         if self.policy.role != "policy":
             raise UserError(f"{model} is a {self.policy.role} model, which scores responses and writes none")
         name = str(model) if isinstance(model, (str, Path)) else self.policy.model.config.name_or_path

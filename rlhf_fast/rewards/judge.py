@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import Policy
 from rlhf_fast.rewards.chat import Chat, Reply, connect
 from rlhf_fast.rewards.faults import Fault
 from rlhf_fast.rewards.judging import LABELS, Rubric, Standing, parse_ranking, parse_score, presentations, vote
@@ -139,6 +140,11 @@ class Judge:
         rules = Rubric(rubric or ("score" if mode == "score" else "compare"))
         self.needs = tuple(rules.columns)
         self.panel = Panel(connect(model, url, cache=cache, **options), rules, together, swap)
+
+    @property
+    def policy(self) -> Policy | None:
+        """The model that answers, where it runs in this process."""
+        return getattr(self.panel.chat, "policy", None)
 
     async def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]

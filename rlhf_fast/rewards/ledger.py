@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.disk import append_line
 
 IN_MEMORY = 100_000  # answers kept without a file: an online judge of a long run sees millions
 
@@ -70,13 +71,3 @@ def key_of(call: Any) -> str:
     """A hash of all that an answer depends on. ``call`` is JSON; the order of its keys does not matter."""
     text = json.dumps(call, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def append_line(descriptor: int, data: bytes) -> None:
-    """Put a line at the end of a file that was opened to append; it is on the disk on return."""
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        data = b"\n" + data  # a line that a kill tore stays a line of its own
-    while data:
-        data = data[os.write(descriptor, data) :]
-    os.fsync(descriptor)

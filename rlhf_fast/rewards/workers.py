@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import select
@@ -17,10 +18,15 @@ from typing import Any
 from rlhf_fast.rewards.faults import Fault
 
 START_S = 120.0  # to import what a worker needs, on a busy machine
+TRIES = 2  # of an item whose worker was stopped, swapped out or starved, which says nothing about the item
 
 
 class WorkerFault(RuntimeError):
     """A worker did not answer; the message says why."""
+
+
+class Stalled(WorkerFault):
+    """A worker did not answer, and had hardly any processor time to do so."""
 
 
 class Worker:
@@ -46,7 +52,7 @@ class Worker:
         try:
             if self._line(START_S) != b"ready":
                 raise WorkerFault("spoke before it was ready")
-        except WorkerFault as fault:
+        except (WorkerFault, TimeoutError) as fault:
             self.close()
             stderr = self._process.stderr
             complaint = stderr.read().decode(errors="replace").strip().rpartition("\n")[2] if stderr else "see above"
@@ -57,14 +63,20 @@ class Worker:
 
         Raises:
             WorkerFault: none by then; close the worker.
+            Stalled: and it has worked for less than half of that time.
         """
+        began = self._worked()
         try:
             rest = memoryview(json.dumps([timeout, item]).encode() + b"\n")
             while rest:  # a signal may cut a write short
                 rest = rest[self._process.stdin.write(rest) :]
         except OSError:
             raise WorkerFault("died") from None
-        return json.loads(self._line(timeout))
+        try:
+            return json.loads(self._line(timeout))
+        except TimeoutError as late:
+            kind = Stalled if self._worked() - began < timeout / 2 else WorkerFault
+            raise kind(str(late)) from None
 
     def close(self) -> None:
         """Kill the process."""
@@ -72,13 +84,21 @@ class Worker:
         self._process.wait()
         self._process.stdin.close()
 
+    def _worked(self) -> float:
+        """Seconds of processor time that the process has had."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # no /proc here: nobody can tell, and no answer is the item's fault
+            return math.inf
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def _line(self, timeout: float) -> bytes:
         deadline, stdout = time.monotonic() + timeout, self._process.stdout
         poll = select.poll()
         poll.register(stdout, select.POLLIN)
         while b"\n" not in self._read:
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise WorkerFault(f"gave no answer in {timeout:g} s")
+                raise TimeoutError(f"gave no answer in {timeout:g} s")
             if not (data := os.read(stdout.fileno(), 65536)):
                 raise WorkerFault("died")
             self._read += data
@@ -110,12 +130,15 @@ class WorkerPool:
     def _ask(self, item: Any) -> Any:
         worker = self._places.get()
         try:
-            worker = worker or Worker(self._script)
-            return worker.ask(item, self._timeout)
-        except WorkerFault as fault:
-            if worker:
-                worker.close()
-            worker = None
-            return Fault(str(fault))
+            for tries in range(TRIES):
+                try:
+                    worker = worker or Worker(self._script)
+                    return worker.ask(item, self._timeout)
+                except WorkerFault as fault:
+                    if worker:
+                        worker.close()
+                    worker = None
+                    if tries + 1 == TRIES or not isinstance(fault, Stalled):
+                        return Fault(str(fault))
         finally:
             self._places.put(worker)

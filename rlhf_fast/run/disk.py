@@ -1,8 +1,9 @@
-"""What a disk refuses, as one sentence: what could not be written, where, why, and what to do."""
+"""Lines that a kill cannot take, and what a disk refuses, as one sentence: what, where, why, and what to do."""
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,21 @@ def disk_faults(what: str, where: Path | str) -> Iterator[None]:
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(_sentence(what, where, str(error), "free some space, or give another output_dir")) from error
+
+
+def append_line(descriptor: int, data: bytes) -> None:
+    """Put a line at the end of a file; it is on the disk on return. A kill tears at most this one.
+
+    Args:
+        descriptor: of the file, opened to append (``O_APPEND``) and to read.
+        data: the line, with its newline.
+    """
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        data = b"\n" + data  # a line that a kill tore stays a line of its own
+    while data:
+        data = data[os.write(descriptor, data) :]
+    os.fsync(descriptor)
 
 
 def _sentence(what: str, where: Path | str, why: str, remedy: str) -> str:

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.run.disk import disk_faults
+from rlhf_fast.run.disk import append_line, disk_faults
 
 FILE = "record.jsonl"
 PACKAGES = (
@@ -83,17 +83,7 @@ class Record:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         text = json.dumps(redacted({"time": now, "run": self.run, **line}), ensure_ascii=False, allow_nan=False)
         with disk_faults(FILE, self.path.parent), self.path.open("a+b") as file:
-            # a kill may have torn the last line; this one stays whole
-            torn = file.tell() > 0 and _last_byte(self.path) != b"\n"
-            file.write(b"\n" * torn + text.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _last_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1)
+            append_line(file.fileno(), text.encode() + b"\n")
 
 
 def read_record(folder: Path | str) -> list[dict[str, Any]]:

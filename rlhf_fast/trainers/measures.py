@@ -25,6 +25,8 @@ def longest_repeat(ids: Sequence[int]) -> float:
     x = torch.as_tensor(ids)
     longest = 0
     for unit in range(1, min(LONGEST_UNIT, len(ids) // FEWEST_REPEATS) + 1):
+        if longest == len(ids):
+            break  # nothing can be longer
         # a run of r tokens that equal those one unit before them is a stretch of r + unit
         run = _longest_run(x[unit:] == x[:-unit])
         if run + unit >= FEWEST_REPEATS * unit:
@@ -50,24 +52,31 @@ def variety(responses: Sequence[Hashable], groups: Sequence[Hashable]) -> list[f
 def by_group(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
     """The mean of each group in place of its first member and NaN in place of the others, so that groups, which are
     independent of each other, are counted and not their members, which are not."""
-    members: dict[Hashable, list[float]] = {}
-    for value, group in zip(values, groups):
-        members.setdefault(group, []).append(value)
-    means = {group: Moments.of(of_group).mean for group, of_group in members.items()}
+    means = {group: _mean(members) for group, members in _members(values, groups).items()}
     return [means.pop(group, math.nan) for group in groups]
 
 
 def within_groups(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
     """Values less the mean of their group, so that an easy prompt is not mistaken for a good response; as they are where all
     groups have one member. NaN stays, and counts in no mean."""
-    known: dict[Hashable, list[float]] = {}
+    known = _members(values, groups)
+    if all(len(members) <= 1 for members in known.values()):
+        return list(values)
+    means = {group: _mean(members) for group, members in known.items()}
+    return [value - means[group] for value, group in zip(values, groups)]
+
+
+def _members(values: Sequence[float], groups: Sequence[Hashable]) -> dict[Hashable, list[float]]:
+    """The known values of each group; an empty list for one without any."""
+    members: dict[Hashable, list[float]] = {group: [] for group in groups}
     for value, group in zip(values, groups):
         if not math.isnan(value):
-            known.setdefault(group, []).append(value)
-    if all(len(members) == 1 for members in known.values()):
-        return list(values)
-    means = {group: sum(members) / len(members) for group, members in known.items()}
-    return [value - means.get(group, math.nan) for value, group in zip(values, groups)]
+            members[group].append(value)
+    return members
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 class Gap(NamedTuple):

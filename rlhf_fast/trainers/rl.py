@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import Report, prepare_prompts
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import Policy
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
-from rlhf_fast.rewards.model import RewardModel
 from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
 from rlhf_fast.run.metrics import MetricsLog
 
@@ -45,6 +45,7 @@ class RLTrainer(Trainer):
         args = args if args is not None else self.config_class()
         self.functions, self.names = resolve_all(reward_funcs if reward_funcs is not None else args.reward_funcs)
         self.check_rewards(args)
+        self.held_out, _ = resolve_all(args.guard_reward)  # rewards that nothing learns from
         self.costs: list[Any] = []
         self.lagrangian: Lagrangian | None = None  # where costs have a limit
         super().__init__(model, args, **kwargs)
@@ -55,7 +56,7 @@ class RLTrainer(Trainer):
         probe = min((p.input_ids for p in self.train_records), key=len)
         self.sync = WeightSync(self.engine, self.policy, args, probe, self.ranks)
         scoring = {"weights": args.reward_weights, "costs": self.costs}
-        scoring |= {"held_out": args.guard_reward, "share": args.guard_share}
+        scoring |= {"held_out": self.held_out, "share": args.guard_share}
         self.rollouts = ScoredRollouts(self.engine, self.policy, self.functions, self.names, **scoring)
         self.completions: list[dict[str, Any]] = []  # of the last evaluation: prompt, completion, rewards, ...
         self.judged: dict[str, Tensor] = {}  # of each of those: reward, cost, held_out
@@ -117,8 +118,9 @@ class RLTrainer(Trainer):
         return [record.example]
 
     def models(self) -> list[nn.Module]:
-        judges = [f.policy for f in [*self.functions, *self.costs] if isinstance(f, RewardModel)]
-        return [self.policy, *(judge for judge in judges if judge is not self.policy)]
+        """The policy, and what scores its responses: reward and cost models, and AI judges that are not behind a URL."""
+        scorers = [getattr(f, "policy", None) for f in [*self.functions, *self.costs, *self.held_out]]
+        return [self.policy, *(s for s in scorers if isinstance(s, Policy) and s is not self.policy)]
 
     def sizes(self) -> dict[str, Any]:
         """As if every response were as long as it may be."""

@@ -16,6 +16,11 @@ print("ready", flush=True)
 for line in sys.stdin:
     timeout, item = json.loads(line)
     if item == "hang": time.sleep(1000)
+    while item == "think": pass
+    if isinstance(item, list):  # a file: whoever comes here first is stopped
+        with open(item[0], "a+") as file:
+            file.write("x"); file.seek(0)
+            if file.read() == "x": file.close(); os.kill(os.getpid(), 19)
     if item == "die": os.kill(os.getpid(), 9)
     if item == "leave": sys.exit(0)
     print(json.dumps([item, os.getpid()]), flush=True)
@@ -42,6 +47,14 @@ def test_a_worker_that_hangs_or_dies_is_replaced(pool, item, reason):
     before, lost, after = workers.map(["a", item, "b"])
     assert lost == Fault(reason)
     assert (before[0], after[0]) == ("a", "b") and before[1] != after[1]
+
+
+def test_a_worker_that_was_kept_from_working_hides_no_answer(pool, tmp_path):
+    """Stopped from outside before it could answer: another one is asked. One that thinks for too long is not."""
+    visits = tmp_path / "visits"
+    ((item, _),) = pool(1, timeout=1.0).map([[str(visits)]])
+    assert item == [str(visits)] and visits.read_text() == "xx"
+    assert pool(1, timeout=1.0).map(["think"]) == [Fault("gave no answer in 1 s")]
 
 
 def test_a_hung_worker_is_killed(pool):

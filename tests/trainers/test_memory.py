@@ -29,6 +29,7 @@ from rlhf_fast import (
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
 from rlhf_fast.models.adapters import lora_config
+from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine
 from rlhf_fast.run.checkpoint import rng_state
 from rlhf_fast.run.memory import GB, Job, Part, Plan, Shape, find_shape, plan
@@ -61,10 +62,11 @@ def make(make_model, tokenizer, settings, scripted):
         options = {"per_device_train_batch_size": 4, **own, **more}
         if method in ("ppo", "safe-ppo", "grpo"):
             options.setdefault("max_completion_length", 16)
+        reward = options.pop("reward_funcs", letters)
         args = config(**settings(**options))
         given = {"train_dataset": rows or default_rows, "processing_class": tokenizer}
         if method in ("ppo", "safe-ppo", "grpo"):
-            given |= {"reward_funcs": letters, "engine": engine or scripted(responses)}
+            given |= {"reward_funcs": reward, "engine": engine or scripted(responses)}
         return trainer(model or make_model(), args=args, **given)
 
     return build
@@ -261,6 +263,21 @@ def test_weights_are_counted_once_however_often_they_are_used(make, make_model):
     assert parts["adamw state"] == 8 * trained
     frozen = sum(p.nbytes for p in made.policy.parameters() if not p.requires_grad)
     assert parts["frozen weights"] == pytest.approx(frozen, rel=0.01)  # and a few buffers
+
+
+@pytest.mark.parametrize("kind", ["reward_funcs", "guard_reward", "cost_funcs"])
+def test_a_judge_that_answers_in_this_process_is_counted_wherever_it_scores(
+    kind, make, make_model, tokenizer, tmp_path
+):
+    for part in (make_model(), tokenizer):
+        part.save_pretrained(tmp_path / "judge")
+    judge = Judge(tmp_path / "judge")
+    more = _frozen_bytes(make("grpo", use_peft=True, **{kind: [judge]})) - _frozen_bytes(make("grpo", use_peft=True))
+    assert more == pytest.approx(sum(p.nbytes for p in judge.policy.parameters()), rel=0.01)
+
+
+def _frozen_bytes(trainer):
+    return next(p.bytes for p in weights_of(trainer.models(), "adamw") if p.name == "frozen weights")
 
 
 def test_the_plan_and_the_peak_are_reported_together():

@@ -50,7 +50,7 @@ class Desk:
     async def start(self, request: Request) -> Response:
         """Who is there, how far this annotator is, and the items to go on with."""
         who = _annotator(request.query_params.get("annotator"))
-        settings = {"title": self.title, "safety": self.safety, "margins": MARGINS, "annotator": who}
+        settings = {"title": self.title, "safety": self.safety, "annotator": who}
         progress = self._progress(who, -1)
         rows = [] if progress["next"] is None else self._rows(progress["next"], FIRST, who)
         return JSONResponse({**settings, **progress, "items": rows})

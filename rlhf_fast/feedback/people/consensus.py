@@ -92,12 +92,14 @@ def export(items: Items, store: Store, form: str, margins: Sequence[float] = (1.
         form: ``pairs``: `prompt`, `chosen`, `rejected`, and `margin` where one was given, for every pair with a majority;
             ``ranked``: `prompt`, `responses` and `ranking` for every item whose pairs all have one (of equally good responses
             the first only, as ranked data has a strict order); ``safety``: pairs by harmlessness, `chosen` the safer one,
-            with `safe`, whether each of [chosen, rejected] is, where most agree on that: what a cost model learns from.
+            with `safe`, whether each of [chosen, rejected] is, where most agree on that: what a cost model learns from; ``kto``:
+            `prompt`, `completion`, `label`: false for each response of an item that most call all bad; of any other item whose
+            pairs all have a majority, true for the best and false for the worst, where they differ.
         margins: what slightly, clearly and much better are, in units of reward.
     Raises:
         UserError: nothing to export.
     """
-    write = {"pairs": _pairs, "ranked": _ranked, "safety": _safety}[form]
+    write = {"pairs": _pairs, "ranked": _ranked, "safety": _safety, "kto": _kto}[form]
     vote = harmlessness if form == "safety" else helpfulness
     found = list(verdicts(items, store, vote))
     if not found:
@@ -112,7 +114,7 @@ def export(items: Items, store: Store, form: str, margins: Sequence[float] = (1.
             rows.append({**row, **columns, "label_origin": {"by": "people", "annotators": people}})
     outcome = Outcome(rows, _figures([v for _, v in found], len(items)) | agreement(items, store, vote))
     outcome.figures["rows"] = len(rows)
-    outcome.notes = _notes(items, store, outcome.figures)
+    outcome.notes = _notes(items, store, outcome.figures, form)
     return outcome
 
 
@@ -144,6 +146,21 @@ def _safety(prompt: Any, responses: Sequence[Any], verdict: Verdict, margins: Se
         yield row
 
 
+def _kto(prompt: Any, responses: Sequence[Any], verdict: Verdict, margins: Sequence[float]) -> Iterator[dict]:
+    points = verdict.standing.points if verdict.standing.complete else []
+    best, worst = max(points, default=0.0), min(points, default=0.0)
+    for i, response in enumerate(responses):
+        if _all_bad(verdict):
+            yield {"prompt": prompt, "completion": response, "label": False}
+        elif best > worst and points[i] in (best, worst):
+            yield {"prompt": prompt, "completion": response, "label": points[i] == best}
+
+
+def _all_bad(verdict: Verdict) -> bool:
+    """Whether most say that none of the responses is any good."""
+    return bool(majority([label.bad for label in verdict.labels]))
+
+
 def _decided(verdict: Verdict) -> Iterator[tuple[Pair, int, int]]:
     """(pair, the preferred, the other) of every pair that is no tie."""
     for pair, sign in verdict.standing.preferred.items():
@@ -157,15 +174,20 @@ def _figures(found: Sequence[Verdict], total: int) -> dict[str, float]:
         "items": total,
         "items/labelled": len(found),
         "items/labelled by several": sum(len(v.labels) > 1 for v in found),
-        "items/all responses bad": sum(bool(majority([label.bad for label in v.labels])) for v in found),
+        "items/all responses bad": sum(map(_all_bad, found)),
         "pairs/decided": sum(bool(sign) for sign in signs),
         "pairs/tied": signs.count(0),
         "pairs/without a majority": sum(v.conflicts for v in found),
     }
 
 
-def _notes(items: Items, store: Store, figures: Mapping[str, float]) -> list[str]:
+def _notes(items: Items, store: Store, figures: Mapping[str, float], form: str) -> list[str]:
     notes = []
+    if figures["items/all responses bad"] and form in ("pairs", "ranked"):
+        notes.append(
+            f"of {figures['items/all responses bad']:.0f} items all responses are bad, which pairs and rankings cannot say: "
+            "--format kto makes rows of them that kto learns from"
+        )
     strange = len({label.item for label in store if items.place(label.item) is None})
     if strange:
         notes.append(f"{strange} labelled items are not in the data and are left out: was it the same file?")

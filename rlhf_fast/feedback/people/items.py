@@ -51,11 +51,6 @@ class Items:
         """Where an item stands, or None for one that is not here."""
         return self._places.get(identity)
 
-    def get(self, identity: str) -> Candidates | None:
-        """The item of that identity."""
-        place = self.place(identity)
-        return None if place is None else self._rows[place][1]
-
 
 def shown_order(identity: str, annotator: str, count: int) -> list[int]:
     """The responses in the order in which this annotator sees them: each sees another, and the same one every time."""

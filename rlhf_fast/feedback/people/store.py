@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.rewards.ledger import append_line
+from rlhf_fast.run.disk import append_line
 
 MARGINS = ("slightly", "clearly", "much")  # better, as 1, 2 and 3
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_fast.data.prepare import prepare_labelled
+from rlhf_fast.feedback.people.consensus import export
 from tests.feedback.people.wire import ask
+from tests.rewards.conftest import VOCAB, character_tokenizer
 
 PAIRS = [{"prompt": f"p{i}", "responses": ["a", "b"]} for i in range(5)]
 THREE = [{"prompt": "p", "responses": ["a", "b", "c"]}]
@@ -66,6 +69,19 @@ def test_all_answered_there_is_no_next_and_undo_leads_back(serve):
     state = ask(served, "POST", "api/undo", {"annotator": "kim"}).json()
     assert (state["place"], state["next"], state["skipped"]) == (4, 4, 0)
     assert ask(served, "POST", "api/undo", {"annotator": "nobody yet"}).json()["place"] is None
+
+
+def test_both_bad_is_clicked_exported_and_read_by_kto(serve):
+    """Both responses to p0 are bad, of p1 one is better: three rows that say bad and one that says good."""
+    served = serve(PAIRS[:2])
+    bad, fine = ask(served, "GET", "api/items?annotator=kim").json()["items"]
+    keep(served, bad, ranks=[1, 1], bad=True, done=True)
+    keep(served, fine, ranks=[1, 2], margin=2, done=True)
+    rows = export(served.items, served.store, "kto").rows
+    tokenizer = character_tokenizer(VOCAB)
+    labelled, _ = prepare_labelled(rows, tokenizer, max_length=16)
+    told = {tokenizer.decode(row.example.input_ids, skip_special_tokens=True): row.label for row in labelled}
+    assert told == {"p0a": False, "p0b": False, **{f"p1{text}": i == 0 for i, text in enumerate(fine["responses"])}}
 
 
 def test_ranks_are_kept_dense_and_names_composed(serve):

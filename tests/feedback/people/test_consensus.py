@@ -114,6 +114,26 @@ def test_safety_is_exported_apart_from_helpfulness(pair, store):
     assert canonical["responses"] == ["poor", "good"] and canonical["safe"] == [True, False]
 
 
+def test_all_bad_makes_bad_examples_and_preferences_a_good_and_a_bad_one(store):
+    """Most say all bad of p; of q nobody does, b is best and c worst; of r they tie. As kto reads it."""
+    rows = [{"prompt": "p", "responses": ["a", "b"], "topic": 1}, {"prompt": "q", "responses": ["a", "b", "c"]}]
+    items = make([*rows, {"prompt": "r", "responses": ["a", "b"]}])
+    for who, bad in (("kim", True), ("lee", True), ("mina", False)):
+        say(store, items, 0, who, ranks={"a": 1, "b": 2}, bad=bad)
+    say(store, items, 1, "kim", ranks={"a": 2, "b": 1, "c": 3})
+    say(store, items, 2, "kim", ranks={"a": 1, "b": 1})
+    outcome = export(items, store, "kto")
+    labelled = normalise(Records(outcome.rows), "labelled")
+    assert {(r["prompt"], r["completion"]): r["label"] for r in labelled} == {
+        ("p", "a"): False, ("p", "b"): False, ("q", "b"): True, ("q", "c"): False,
+    }  # fmt: skip
+    assert all(row["label_origin"]["by"] == "people" for row in outcome.rows) and outcome.rows[0]["topic"] == 1
+    pairs = export(items, store, "pairs")
+    assert "--format kto makes rows of them" in pairs.notes[0] and ("a", "b") in {
+        (row["chosen"], row["rejected"]) for row in pairs.rows
+    }
+
+
 def test_of_several_responses_the_safe_ones_stand_above_the_unsafe(store):
     items = make([{"prompt": "p", "responses": ["a", "b", "c"]}])
     ranks = {"a": 1, "b": 2, "c": 3}

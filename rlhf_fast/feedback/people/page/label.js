@@ -10,8 +10,9 @@ const AHEAD = 8; // items fetched at once
 // the seven answers to "which is better": [side, margin], from A much better to B much better
 const STEPS = [["a", 3], ["a", 2], ["a", 1], ["tie", null], ["b", 1], ["b", 2], ["b", 3]];
 const SIZES = { 1: "near", 2: "mid", 3: "far" };
+const MARGINS = { 1: "slightly", 2: "clearly", 3: "much" };
 
-const desk = { annotator: "", margins: [], safety: false, total: 0, labelled: 0, skipped: 0, next: null };
+const desk = { annotator: "", safety: false, total: 0, labelled: 0, skipped: 0, next: null };
 const items = new Map(); // place -> item, what was fetched
 let place = null; // of the item on the screen
 let draft = null; // its answer as it stands
@@ -526,18 +527,19 @@ function begin(name) {
 
 // ---- wiring
 
+function said(step) {
+  const [side, margin] = STEPS[step];
+  return side === "tie" ? "Equally good" : `${side.toUpperCase()} is ${MARGINS[margin]} better`;
+}
+
 function hint(chosen) {
-  const [side, margin] = STEPS[chosen] ?? [];
-  const better = side === "tie" ? "Equally good" : `${side?.toUpperCase()} is ${desk.margins[margin - 1]} better`;
-  $("scale-hint").textContent = side ? better : "Which is better?";
+  $("scale-hint").textContent = chosen in STEPS ? said(chosen) : "Which is better?";
 }
 
 function buildScales() {
   STEPS.forEach(([side, margin], n) => {
-    const words = ["", "slightly", "clearly", "much"][margin ?? 0];
-    const text = side === "tie" ? "Equally good" : `${side.toUpperCase()} is ${words} better`;
-    const step = element("button", { type: "button", className: `step ${side} ${SIZES[margin] ?? ""}`, title: `${text}  ${n + 1}` });
-    step.setAttribute("aria-label", text);
+    const step = element("button", { type: "button", className: `step ${side} ${SIZES[margin] ?? ""}`, title: `${said(n)}  ${n + 1}` });
+    step.setAttribute("aria-label", said(n));
     step.addEventListener("click", () => choose(n));
     step.addEventListener("pointerenter", () => hint(n));
     step.addEventListener("focus", () => hint(n));
