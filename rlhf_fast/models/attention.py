@@ -179,12 +179,15 @@ def _flash(query, key, value, segments: Segments, scale: float | None, window: i
 
     ragged = segments.ragged
     key, value = _keys(key, value, ragged)
+    # torch's own kernels see the mode themselves; this one adds up by atomics unless it is told
+    repeats = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     return flash_attn_varlen_func(
         *(query, key, value, ragged.cu_q, ragged.cu_k, ragged.max_q, ragged.max_k),
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,
         window_size=_window(window),
+        **repeats,
     )
 
 
@@ -241,6 +244,7 @@ def _choose(asked: str, query: Tensor, key: Tensor, dtype: torch.dtype, dropout:
         UserError: the one that was asked for cannot.
     """
     shape = (query.device, dtype, query.shape[1], key.shape[1], query.shape[2], dropout > 0)
+    shape = (*shape, torch.are_deterministic_algorithms_enabled())
     for name in AUTO if asked == "auto" else (asked,):
         reason = refusal(name, *shape)
         if reason is None:
@@ -252,9 +256,16 @@ def _choose(asked: str, query: Tensor, key: Tensor, dtype: torch.dtype, dropout:
 
 @functools.cache
 def refusal(
-    name: str, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, drops: bool
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    drops: bool,
+    repeats: bool = False,
 ) -> str | None:
-    """Why an implementation cannot run a shape; None when it can, which a small problem has shown."""
+    """Why an implementation cannot run a shape, or repeat its bits; None when it can, which a small problem has shown."""
     if name == "sdpa":
         return None
     reason = _absence(name, device.type)

@@ -107,9 +107,20 @@ def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     One random number per sample, where ``torch.multinomial`` draws V; float64 sums, because float32 ones would lose
     every token less likely than 6e-8. An index of weight 0 is never returned.
     """
-    cdf = weights.cumsum(-1, dtype=torch.float64)
+    cdf = running_sums(weights)
     found = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
     return found.squeeze(1).clamp_(max=weights.shape[1] - 1)
+
+
+def running_sums(weights: Tensor) -> Tensor:
+    """(R, V) float64, the sum of each row's probabilities up to each.
+
+    In torch's deterministic mode of probabilities rounded to multiples of 2^-52, which is no coarser than a random number is: their
+    sums are exact, and so the same in any order. Of floats torch has no order on a GPU that is fixed, and refuses.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return (weights.double() * 2.0**52).round().long().cumsum(-1).double() / 2.0**52
+    return weights.cumsum(-1, dtype=torch.float64)
 
 
 def keep_top(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -128,7 +139,7 @@ def keep_top(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None
     weights, order = weights.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(weights.shape[1], device=weights.device)
     weights = weights.where((rank < top_k[:, None]) | (top_k[:, None] == 0), 0.0)
-    before = weights.cumsum(-1, dtype=torch.float64) - weights
+    before = running_sums(weights) - weights
     total = weights.sum(-1, keepdim=True, dtype=torch.float64)
     # `>= 1`, because rounding in `before` must not cut anything when nothing was to be cut
     weights = weights.where((before < top_p[:, None] * total) | (top_p[:, None] >= 1), 0.0)

@@ -85,6 +85,9 @@ class TrainerConfig:
     callbacks: list[Any] = field(default_factory=list)  # module:class or module:function, called at every step and save
     resume_from_checkpoint: str | bool | None = None  # true: the latest good checkpoint of output_dir; or a path
     seed: int = 42  # of everything random
+    deterministic: bool = (
+        False  # the same run ends with the same bits, on a GPU too; what cannot repeat them is refused
+    )
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb; metrics.jsonl is always written
     quiet: bool = False  # no progress bar
 
@@ -184,6 +187,16 @@ class RLConfig(TrainerConfig):
             raise UserError(
                 "disagreement_penalty has no effect without a reward_model_path or cost_model_path; a model among reward_funcs "
                 "takes its own: {name: model, path: RUN, disagreement_penalty: 0.5}"
+            )
+        if self.deterministic and self.use_vllm:
+            raise UserError(
+                "deterministic does not go with use_vllm: what a request's neighbours are, and so how its sums are rounded, is a "
+                "matter of time there; leave use_vllm out to sample in process"
+            )
+        if self.deterministic and self.rollout_merge_lora is None:
+            raise UserError(
+                "deterministic: rollout_merge_lora left open asks how much memory is free, which differs from run to run; "
+                "say true or false"
             )
         one_of("vllm_mode", self.vllm_mode, ("server", "colocate"))
         one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)

@@ -96,11 +96,15 @@ def weights_of(models: Iterable[nn.Module], optimizer: str) -> list[Part]:
     return [p for p in parts if p.bytes]
 
 
-def device_bytes(device: torch.device) -> int | None:
-    """Bytes of a GPU that this process may use, what it holds already and its CUDA context included; None on a CPU."""
+def device_bytes(device: torch.device, whole: bool = False) -> int | None:
+    """Bytes of a GPU that this process may use, what it holds already and its CUDA context included; None on a CPU.
+
+    ``whole``: whatever others hold, which may be something else next time.
+    """
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
+    free = total if whole else free
     mine = torch.cuda.memory_reserved(device)
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
     return min(free + mine, int(total * fraction)) + memory.CONTEXT_BYTES
@@ -126,7 +130,7 @@ def settle(trainer: Trainer) -> Plan | None:
     checkpointing, offload = a.gradient_checkpointing is not False, bool(a.offload_activations)
     if trainer.shards:
         trainer.say("no memory plan: it knows no sharded weights; micro_batch_tokens is yours to set")
-    elif (available := device_bytes(trainer.accelerator.device)) is not None:
+    elif (available := device_bytes(trainer.accelerator.device, a.deterministic)) is not None:
         try:
             made = plan_of(trainer, available, settle=True)
         except UserError as error:  # a config that is no known decoder's
@@ -203,8 +207,18 @@ def _halve(trainer: Trainer, parts: list[list[Any]], said: str) -> None:
     fewer = max(smallest, tokens // 2)
     if len(trainer.ranks) > 1:
         raise UserError(f"{what}; go on with --resume and micro_batch_tokens {fewer}. The device said: {said}")
+    _refuse_by_chance(trainer, what, fewer)
     trainer.micro_batch_tokens = fewer
     logger.warning("%s: the step begins again with micro_batch_tokens %d, and so it stays", what, fewer)
+
+
+def _refuse_by_chance(trainer: Trainer, what: str, fewer: int) -> None:
+    """Memory is not what a run that repeats its bits may depend on: sums in other parts are rounded otherwise."""
+    if trainer.args.deterministic:
+        raise UserError(
+            f"{what}; a smaller one would round otherwise than a run that finds more memory, and deterministic is on: set "
+            f"micro_batch_tokens {fewer} and begin again"
+        )
 
 
 @dataclass
@@ -234,7 +248,9 @@ def rehearse(trainer: Trainer) -> int:
             raise UserError(_too_large(trainer, tried))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        trainer.micro_batch_tokens = max(smallest, tried.tokens // 2)
+        fewer = max(smallest, tried.tokens // 2)
+        _refuse_by_chance(trainer, f"memory: a micro-batch of {tried.tokens:,} tokens does not fit", fewer)
+        trainer.micro_batch_tokens = fewer
         trainer.say(
             f"memory: a micro-batch of {tried.tokens:,} tokens does not fit (in the {tried.stage}); going on with "
             f"micro_batch_tokens {trainer.micro_batch_tokens}"

@@ -16,6 +16,7 @@ from rlhf_fast.models import Policy
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
+from rlhf_fast.run.determinism import repeatable
 from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
@@ -109,10 +110,11 @@ class RLTrainer(Trainer):
 
     @property
     def rollout_tokens(self) -> int | None:
-        """Most tokens whose keys and values rollouts may hold by the memory plan; None without a plan."""
-        return (
-            None if self.memory_plan is None else self.memory_plan.job.rollout_batch_size * self.memory_plan.job.length
-        )
+        """Most tokens whose keys and values rollouts may hold by the memory plan; None without a plan: what is free then."""
+        if self.memory_plan is not None:
+            return self.memory_plan.job.rollout_batch_size * self.memory_plan.job.length
+        # what is free differs from run to run, and with it who is written beside whom
+        return (self.args.rollout_batch_size + 1) * self.sizes()["length"] if self.args.deterministic else None
 
     def examples(self, record: Experience) -> list[Example]:
         return [record.example]
@@ -215,6 +217,7 @@ class RLTrainer(Trainer):
         """(N,) log-probabilities under ``role``, at the sampling temperature."""
         return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
 
+    @repeatable
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to held-out prompts, scored by the reward functions, and the KL where there is a reference."""
         if self.eval_records is None:

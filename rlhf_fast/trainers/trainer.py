@@ -32,6 +32,7 @@ from rlhf_fast.models.adapters import is_4bit
 from rlhf_fast.models.policy import in_eval_mode
 from rlhf_fast.run import sharding
 from rlhf_fast.run.config import save_config
+from rlhf_fast.run.determinism import deterministic, prepare, repeatable
 from rlhf_fast.run.disk import disk_faults
 from rlhf_fast.run.distribution import Ranks
 from rlhf_fast.run.means import Means
@@ -79,6 +80,7 @@ class Trainer(Algorithm):
         callbacks=(),
     ):
         self.args = args if args is not None else self.config_class()
+        prepare(self.args.deterministic)
         set_seed(self.args.seed)
         # precision is the policy's: accelerate holds one for the whole process, where SFT and PPO may follow each other.
         # buffers are constants; broadcasting them would make ranks with fewer micro-batches wait for ever
@@ -122,8 +124,9 @@ class Trainer(Algorithm):
             self.say(shared)
         self._prepare_callbacks(callbacks)
         self.memory_plan = memory.settle(self)
-        self.train_records = self.complete_data(self.train_records)
-        self.eval_records = self.eval_records and self.complete_data(self.eval_records)
+        with deterministic(self.args.deterministic):
+            self.train_records = self.complete_data(self.train_records)
+            self.eval_records = self.eval_records and self.complete_data(self.eval_records)
         self._prepare_optimizer()
         self.step = 0
         self.stopped: str | None = None  # why the run ends before its last step
@@ -171,6 +174,7 @@ class Trainer(Algorithm):
 
     # ---- the loop
 
+    @repeatable
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
         """Train, save the model into ``output_dir``, and return the last figures.
 
@@ -404,6 +408,7 @@ class Trainer(Algorithm):
     def _window(self, records: list[Any]) -> Window:
         return Window(*(count or 1.0 for count in self.ranks.sum(*self.counts(records))))
 
+    @repeatable
     def evaluate(self) -> dict[str, float]:
         """Mean losses and metrics over ``eval_dataset``, names prefixed ``eval_``."""
         if self.eval_records is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -23,6 +24,7 @@ from rlhf_fast.models.attention import (
     packed_attention,
     refusal,
 )
+from rlhf_fast.run.determinism import deterministic
 
 VOCAB = 64
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -322,6 +324,26 @@ def test_a_kernel_is_tried_on_a_small_problem_before_it_is_trusted(kernels_as_do
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert calls == [None]
     torch.testing.assert_close(x.grad, x.detach().cos())
+
+
+def test_flash_attn_is_told_to_repeat_its_bits_or_left_alone(kernels_as_documented, monkeypatch):
+    """Versions before 2.4.1 cannot: in deterministic mode, the trial before the first call refuses them."""
+    shape = (torch.device("cpu"), torch.bfloat16, 4, 2, 16)
+    old = sys.modules["flash_attn"].flash_attn_varlen_func
+    told = []
+
+    def new(*args, deterministic=False, **kwargs):
+        told.append(deterministic)
+        return old(*args, **kwargs)
+
+    with deterministic():
+        assert "unexpected keyword argument 'deterministic'" in _misfit(IMPLEMENTATIONS["flash_attention_2"], *shape)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", new)
+    for mode, want in ((contextlib.nullcontext(), False), (deterministic(), True)):
+        told.clear()
+        with mode:
+            assert _misfit(IMPLEMENTATIONS["flash_attention_2"], *shape) is None
+        assert set(told) == {want}
 
 
 def test_attention_that_is_not_causal_is_refused(tokenizer, examples):

@@ -12,7 +12,17 @@ from transformers.generation.logits_process import (
 )
 
 from rlhf_fast.rollout import Request
-from rlhf_fast.rollout.sampling import Settings, invert_cdf, keep_top, random_stream, sample, settings_row, spaced_seed
+from rlhf_fast.rollout.sampling import (
+    Settings,
+    invert_cdf,
+    keep_top,
+    random_stream,
+    running_sums,
+    sample,
+    settings_row,
+    spaced_seed,
+)
+from rlhf_fast.run.determinism import deterministic
 
 
 def test_no_two_requests_share_a_stream_where_a_sample_adds_its_number_to_the_seed():
@@ -27,6 +37,29 @@ def test_the_cdf_is_inverted_exactly_and_impossible_tokens_are_never_drawn():
     weights = torch.tensor([[0.0, 1.0, 0.0, 3.0, 0.0]]).expand(5, -1)
     uniforms = torch.tensor([0.0, 0.2499999, 0.25, 0.999999, 1 - 2**-53], dtype=torch.float64)
     assert invert_cdf(weights, uniforms).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_deterministic_mode_draws_the_same_tokens_from_sums_without_rounding():
+    """Of 5,000 tokens whose probabilities span 20 powers of ten; sums in any order, and an impossible token is never drawn."""
+    torch.manual_seed(0)
+    weights = (8 * torch.randn(50, 5000)).softmax(-1)
+    weights[:, ::3] = 0.0
+    uniforms = torch.rand(50, dtype=torch.float64)
+    want = invert_cdf(weights, uniforms)
+    kept = keep_top(weights, torch.full((50,), 40), torch.full((50,), 0.9))
+    with deterministic():
+        assert torch.equal(invert_cdf(weights, uniforms), want)
+        assert all(
+            torch.equal(a, b) for a, b in zip(keep_top(weights, torch.full((50,), 40), torch.full((50,), 0.9)), kept)
+        )
+        sums = running_sums(weights)
+        last = running_sums(weights.flip(-1))[:, -1]
+        edges = invert_cdf(
+            weights, (sums[:, 2999] / sums[:, -1]).clamp(max=1 - 2**-53)
+        )  # where token 3000, impossible, begins
+    assert torch.equal(sums[:, -1], last)
+    assert not (edges % 3 == 0).any()
+    torch.testing.assert_close(sums, weights.cumsum(-1, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_a_token_too_unlikely_for_float32_sums_is_still_drawn():

@@ -300,7 +300,7 @@ def test_the_plan_answers_what_the_config_leaves_open_and_nothing_else(make, mak
     for checkpointing, offload in ((False, False), (True, False), (True, True)):
         monkeypatch.undo()
         needed = plan_of(build(gradient_checkpointing=checkpointing, offload_activations=offload)).tensors
-        monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda device, needed=needed: int(needed * 1.001))
+        monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda *_, needed=needed: int(needed * 1.001))
         capsys.readouterr()
         made = build()
         assert (made.memory_plan.job.checkpointing, made.memory_plan.job.offload) == (checkpointing, offload)
@@ -315,7 +315,7 @@ def test_the_plan_answers_what_the_config_leaves_open_and_nothing_else(make, mak
 
 
 def test_a_plan_that_does_not_fit_says_so_and_fewer_sequences_are_sampled(make, monkeypatch, capsys):
-    monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda device: 1000)
+    monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda *_: 1000)
     made = make("grpo", use_peft=True, quiet=False, rollout_batch_size=100)
     assert "it does not fit; try " in capsys.readouterr().out
     assert made.rollout_batch_size == 8
@@ -325,7 +325,7 @@ def test_a_plan_that_does_not_fit_says_so_and_fewer_sequences_are_sampled(make, 
 
 
 def test_a_model_without_a_plan_trains_as_the_config_says(make, monkeypatch, capsys):
-    monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda device: 10**9)
+    monkeypatch.setattr("rlhf_fast.trainers.memory.device_bytes", lambda *_: 10**9)
 
     def refuse(*_, **__):
         raise UserError("config.json has no hidden_size")
