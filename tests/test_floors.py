@@ -67,6 +67,7 @@ SHARED_TRAINER_FILES = tuple(
         "nonfinite",
         "trial",
         "resume",
+        "upgrade",
         "best",
         "callbacks",
     )

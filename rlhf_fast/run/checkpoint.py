@@ -44,6 +44,10 @@ _NATIVE = frozenset(
 )
 
 
+class OtherFormat(str):
+    """What :func:`find_fault` says of a checkpoint whose bytes are well and laid out otherwise than this version reads."""
+
+
 class TrainerState(Protocol):
     """What a trainer must give so that a resumed run repeats the uninterrupted one bit for bit.
 
@@ -232,11 +236,17 @@ def checkpoint_step(path: Path | str) -> int:
 
 
 def latest_checkpoint(root: Path | str) -> Path | None:
-    """The newest checkpoint in ``root`` whose every byte is as it was written, or None. Logs what it skips and why."""
+    """The newest checkpoint in ``root`` whose every byte is as it was written, or None. Logs what it skips and why.
+
+    Raises:
+        UserError: that one was written by another version. Falling back to one before it would lose good steps.
+    """
     for path in reversed(list_checkpoints(root)):
         fault = find_fault(path)
         if fault is None:
             return path
+        if isinstance(fault, OtherFormat):
+            raise UserError(f"cannot resume from {path}: {fault}")
         log.warning("skipping checkpoint %s: %s", path, fault)
     return None
 
@@ -275,7 +285,10 @@ def find_fault(path: Path | str) -> str | None:
         if _digest(manifest) != expected:
             return f"{MANIFEST} was altered"
         if manifest["format"] != FORMAT:
-            return f"it has format {manifest['format']}; this version reads {FORMAT}"
+            return OtherFormat(
+                f"another version of rlhf_fast wrote it (its files have format {manifest['format']}, this one reads {FORMAT}): "
+                "go on with that version; the run's record.jsonl names it"
+            )
         return next((fault for name, entry in files.items() if (fault := _file_fault(path / name, entry))), None)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -23,6 +23,8 @@ from rlhf_fast.run.checkpoint import (
 )
 from rlhf_fast.run.sharding import gathered, part, put, scattered
 
+from .upgrade import FORMAT, stamp, too_old, upgraded
+
 if TYPE_CHECKING:
     from .trainer import Trainer
 
@@ -78,6 +80,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "records": [dataclasses.asdict(r) for r in trainer.records] if sampled else None,
     }
     return {
+        **stamp(),
         "step": trainer.step,
         "weights": weights_of(trainer),
         "optimizer": gathered(trainer.optimizer.state_dict(), keep=trainer.accelerator.is_main_process),
@@ -103,9 +106,20 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """Put what :func:`state_of` gave in place.
 
     Raises:
-        UserError: the checkpoint holds other parameters, belongs to another base, or comes from other data, another
-            seed or another number of processes.
+        UserError: the checkpoint holds other parameters, belongs to another base, comes from other data, another seed or
+            another number of processes, or from a version of rlhf_fast whose fields do not suffice.
     """
+    earlier = state.get("format", 1) != FORMAT
+    state = upgraded(state, state_of(trainer)) if earlier else state
+    try:
+        _put_in_place(trainer, state)
+    except (KeyError, TypeError) as error:
+        if not earlier:
+            raise
+        raise too_old(f"its fields are others ({type(error).__name__}: {error})") from error
+
+
+def _put_in_place(trainer: Trainer, state: dict[str, Any]) -> None:
     _check_fit(trainer, state, _trained(trainer))
     _put_weights(trainer, state)
     trainer.step = state["step"]

@@ -300,6 +300,17 @@ def test_no_flipped_bit_of_any_file_changes_what_is_loaded(two):
     assert noticed >= 190
 
 
+@pytest.mark.parametrize("asked", [True, "step-00000002"])
+def test_files_of_another_version_are_no_damage_to_fall_back_from(two, monkeypatch, asked):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    save_checkpoint(two, 2, {"step": 2}, keep=2)
+    monkeypatch.undo()
+    with pytest.raises(
+        UserError, match="step-00000002: another version of rlhf_fast wrote it .its files have format 2, this"
+    ):
+        find_checkpoint(two, asked if asked is True else two / asked)
+
+
 def test_resuming_says_when_there_is_nothing_good(two, tmp_path):
     assert find_checkpoint(two, True).name == "step-00000002"
     for path in list_checkpoints(two):
