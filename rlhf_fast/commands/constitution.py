@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_fast.commands import Parser
 from rlhf_fast.commands.generate import progress_bar
-from rlhf_fast.commands.judge import add_chat_options, calls_file, chat_for, report, write_rows
+from rlhf_fast.commands.judge import add_chat_options, calls_file, chat_for, read_constitution, report, write_rows
 from rlhf_fast.errors import UserError
 
 
@@ -43,18 +43,14 @@ def main(argv: Sequence[str]) -> int:
 
     from rlhf_fast.data import load_records
     from rlhf_fast.feedback.constitution import (
-        DEFAULT,
-        Constitution,
         demonstrations,
         figures,
         preferences,
         read_chains,
         revise,
     )
-    from rlhf_fast.run.config import read_yaml
 
-    source = args.constitution or DEFAULT
-    constitution = Constitution.read(read_yaml(source), source)
+    constitution = read_constitution(args.constitution)
     chains = read_chains(load_records(args.data, args.split)[: args.limit])
     chat = chat_for(args, calls)
     with progress_bar(len(chains), "replies") as bar:

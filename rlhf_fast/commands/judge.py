@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_fast.commands import Parser, json_mapping
-from rlhf_fast.commands.generate import add_model_options, load_policy, progress_bar
+from rlhf_fast.commands.generate import (
+    add_model_options,
+    add_sampling_options,
+    file_to_file,
+    load_policy,
+    progress_bar,
+)
 from rlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf_fast.feedback.constitution import Constitution
     from rlhf_fast.rewards.chat import Chat
 
 GIVE_UP_AFTER = 20  # failed calls in a row
@@ -23,18 +30,33 @@ GIVE_UP_AFTER = 20  # failed calls in a row
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         "judge",
-        "Have an AI compare the responses to each prompt, in both orders, and write its preferences for `reward` and `dpo`. "
+        "Have an AI compare the responses to each prompt, in both orders, by a rubric or by principles, and write its "
+        "preferences for `reward` and `dpo`. "
         "Every answer is kept beside the output at once: the same command goes on after an interruption, and asks nothing twice.",
     )
     parser.add_argument(
         "data",
         metavar="DATA",
         help="rows with `prompt` and `responses`, or a `completion` each (as generate --n writes them), or people's "
-        "preferences, with which the judge's are then compared",
+        "preferences, with which the judge's are then compared; with --policy, prompts",
     )
     parser.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help="the labelled rows")
     add_chat_options(parser, "the judge", max_new_tokens=1024)
-    parser.add_argument("--rubric", default="compare", help="compare, or a text file with {prompt} and {responses}")
+    parser.add_argument("--rubric", help="compare, or a text file with {prompt} and {responses}")
+    parser.add_argument(
+        "--constitution",
+        metavar="FILE.yaml",
+        help="principles, of which one, drawn for each prompt, stands in the rubric for {principle}; default: the shipped ones",
+    )
+    parser.add_argument(
+        "--policy", metavar="MODEL", help="write the responses first, to OUT.responses.jsonl: whose they are"
+    )
+    parser.add_argument("--num_responses", type=int, default=2, help="of --policy to each prompt")
+    parser.add_argument("--response_temperature", type=float, default=1.0, help="of --policy's sampling")
+    parser.add_argument("--response_tokens", type=int, default=256, help="most tokens of --policy's responses")
+    parser.add_argument(
+        "--chat", action="store_true", help="give --policy a prompt that is plain text as the user's message"
+    )
     parser.add_argument(
         "--format", choices=["pairs", "ranked"], help="of the output; pairs where all prompts have two responses"
     )
@@ -54,20 +76,62 @@ def main(argv: Sequence[str]) -> int:
     from rlhf_fast.rewards.judge import Panel
     from rlhf_fast.rewards.judging import Rubric
 
-    candidates, alone = read_candidates(load_records(args.data, args.split)[: args.limit])
-    rubric = Rubric(args.rubric)
+    rubric, constitution = Rubric(args.rubric or ("principle" if args.constitution else "compare")), None
+    if args.constitution:
+        constitution = read_constitution(None if args.constitution == "default" else args.constitution)
+        if "principle" not in rubric.columns:
+            raise UserError(
+                f"rubric {args.rubric}: has no {{principle}}, where a principle of --constitution should stand"
+            )
+    records = load_records(args.data, args.split)[: args.limit]
+    if not args.policy and "prompt" in records[0] and not {"completion", "responses", "chosen"} & set(records[0]):
+        raise UserError(
+            f"judge: {args.data} has prompts and nothing to compare; --policy MODEL writes the responses first"
+        )
+    if args.policy:
+        records = load_records(str(_written(args, records)))
+    candidates, alone = read_candidates(records)
     panel = Panel(chat_for(args, calls), rubric, args.together, swap=not args.one_order)
     if alone:
         print(f"{alone} prompts have fewer than two different responses and are left out", file=sys.stderr)
     total = sum(len(panel.orders(len(c.responses))) for c in candidates)
-    labels = asyncio.run(_with_bar(lambda progress: label(panel, candidates, args.format, progress), total, "answers"))
+    how = {"constitution": constitution, "seed": args.seed}
+    labels = asyncio.run(
+        _with_bar(lambda progress: label(panel, candidates, args.format, progress, **how), total, "answers")
+    )
     write_rows(output, labels.rows)
     report(output, f"{panel.chat.name} on {args.data}", labels.figures, labels.notes, vars(args))
     print(f"labels: {output}")
     return 0
 
 
+def _written(args: argparse.Namespace, prompts: Any) -> Path:
+    """The file of --policy's responses, with those that it lacked; the policy is in memory until here only."""
+    if args.num_responses < 2 or args.response_temperature <= 0:
+        raise UserError(
+            "judge: --policy needs --num_responses of at least 2 and a --response_temperature above 0, got "
+            f"{args.num_responses} and {args.response_temperature:g}: there is nothing to compare in less"
+        )
+    plain = argparse.ArgumentParser()
+    add_sampling_options(plain)
+    mine = {"model": args.policy, "prompts": prompts, "n": args.num_responses, "chat": args.chat, "restart": False}
+    mine |= {"temperature": args.response_temperature, "max_new_tokens": args.response_tokens, "seed": args.seed}
+    mine |= {"output": args.output.removesuffix(".jsonl") + ".responses.jsonl"}
+    model = {name: getattr(args, name) for name in ("dtype", "load_in_4bit", "device")}
+    options = argparse.Namespace(**{**vars(plain.parse_args([])), **model, **mine})
+    file_to_file(load_policy(options), options)
+    return Path(options.output)
+
+
 # --------------------------------------------------------------------------- what all commands that ask an AI share
+
+
+def read_constitution(source: str | None) -> Constitution:
+    """The principles in a YAML file; the shipped ones without any."""
+    from rlhf_fast.feedback.constitution import DEFAULT, Constitution
+    from rlhf_fast.run.config import read_yaml
+
+    return Constitution.read(read_yaml(source or DEFAULT), source or DEFAULT)
 
 
 def add_chat_options(parser: argparse.ArgumentParser, whom: str, max_new_tokens: int) -> None:

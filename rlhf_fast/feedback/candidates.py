@@ -26,7 +26,8 @@ def read_candidates(records: Records) -> tuple[list[Candidates], int]:
     """Two or more different responses to each prompt, and how many prompts have fewer and are left out.
 
     Rows are preferences (``chosen`` and ``rejected``, or ``responses`` and ``ranking``), which say what people thought, or
-    ``prompt`` with ``responses``, or ``prompt`` with ``completion`` in several rows, as ``rlhf-fast generate --n 4`` writes.
+    ``prompt`` with ``responses``, or ``prompt`` with ``completion`` in several rows, as ``rlhf-fast generate --n 4`` writes;
+    empty ones among the latter are left out.
 
     Raises:
         UserError: other columns, or a malformed row.
@@ -35,7 +36,9 @@ def read_candidates(records: Records) -> tuple[list[Candidates], int]:
     if {"prompt", "responses"} <= columns and "ranking" not in columns:
         groups = list(_listed(records))
     elif {"prompt", "completion"} <= columns:
-        groups = list(_gathered(normalise(records, "sft")))
+        # a model that ended at once has said nothing, which no row of training could hold
+        said = [i for i, row in enumerate(records) if row["completion"] or "finish_reason" not in row]
+        groups = list(_gathered(normalise(records.select(said), "sft"))) if said else []
     else:
         groups = [
             Candidates(row.pop("prompt"), responses, row, range(len(responses)))

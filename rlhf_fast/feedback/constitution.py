@@ -1,4 +1,5 @@
-"""Constitutional AI, its supervised half (Bai et al. 2022, arXiv:2212.08073): a model criticises and rewrites responses.
+"""Constitutional AI (Bai et al. 2022, arXiv:2212.08073): principles, and its supervised half, in which a model criticises
+and rewrites responses. Its other half, preferences by a principle, is ``judge --constitution``, see ``judge.py``.
 
 Each round asks for a critique of the response by one principle, then, with that critique in view, for a revision, which the
 next round starts from. The revisions are demonstrations for ``sft``; preferred to the originals, pairs for ``reward`` and ``dpo``.
@@ -32,6 +33,11 @@ class Principle:
     name: str
     critique: str  # what to look for
     revision: str  # what to make of it
+
+    @property
+    def question(self) -> str:
+        """The principle for somebody who compares responses: what counts against one, and what would be better."""
+        return f"The principle ({self.name}): {self.critique}\nWhere a response goes against it, better would be this: {self.revision}"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
-"""Label data with an AI judge (RLAIF): pairs or rankings from responses, and how far the judge agrees with people."""
+"""Label data with an AI judge (RLAIF): pairs or rankings from responses, and how far the judge agrees with people.
+
+With a constitution these are the labels of Constitutional AI's second half (Bai et al. 2022, arXiv:2212.08073, section 4): the
+responses to a prompt are compared by one principle, drawn for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_fast.feedback.agreement import cohen_kappa
 from rlhf_fast.feedback.candidates import Candidates
+from rlhf_fast.feedback.constitution import Constitution
 from rlhf_fast.rewards.judge import Panel
 from rlhf_fast.rewards.judging import Standing
 
@@ -26,22 +31,30 @@ async def label(
     candidates: Sequence[Candidates],
     form: str | None = None,
     progress: Callable[[int], None] | None = None,
+    constitution: Constitution | None = None,
+    seed: int = 0,
 ) -> Labels:
     """Have all candidates compared.
 
     Args:
         form: ``pairs`` gives a row for every decided pair, ``ranked`` one for every prompt whose pairs all have a verdict (of
             responses that are equally good it keeps the first); None takes pairs where all prompts have two responses.
+        constitution: the rubric's ``{principle}`` is one of these principles, drawn for each prompt with its responses.
+        seed: of that draw.
     """
     if form is None:
         form = "pairs" if all(len(c.responses) == 2 for c in candidates) else "ranked"
-    standings = await panel.compare(candidates, progress)
-    orders = 2 if panel.swap else 1
-    origin = {"by": "judge", "model": panel.chat.name, "rubric": panel.rubric.name, "orders": orders}
+    origin = {"by": "judge", "model": panel.chat.name, "rubric": panel.rubric.name, "orders": 2 if panel.swap else 1}
+    origins, asked = [origin] * len(candidates), list(candidates)
+    if constitution is not None:
+        drawn = [constitution.draw([c.prompt, list(c.responses)], 1, seed)[0] for c in candidates]
+        origins = [{**origin, "constitution": constitution.name, "principle": p.name} for p in drawn]
+        asked = [replace(c, columns={**c.columns, "principle": p.question}) for c, p in zip(candidates, drawn)]
+    standings = await panel.compare(asked, progress)
     write = _pairs if form == "pairs" else _ranked
     rows = [
-        {**row, **c.columns, "label_origin": origin}
-        for c, standing in zip(candidates, standings)
+        {**row, **c.columns, "label_origin": its}
+        for c, its, standing in zip(candidates, origins, standings)
         for row in write(c, standing)
     ]
     return Labels(rows, _figures(panel, candidates, standings) | {"rows": len(rows)}, _notes(panel))

@@ -20,6 +20,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.verifiers import text_of
 
 RUBRICS = Path(__file__).with_name("rubrics")
+SHIPPED = ("compare", "score", "principle")
 LABELS = string.ascii_uppercase
 BEST = 10  # the highest grade; the lowest is 1
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -33,18 +34,18 @@ class Rubric:
     the row's column of that name. The judge has to end with its verdict in double square brackets (see the built-in ones).
 
     Args:
-        source: ``compare``, ``score``, or a text file.
+        source: ``compare``, ``score``, ``principle`` (which shows ``{principle}``), or a text file.
     Raises:
         UserError: no such file, or a template without ``{prompt}`` or ``{responses}``.
     """
 
     def __init__(self, source: str | Path) -> None:
-        path = RUBRICS / f"{source}.txt" if str(source) in ("compare", "score") else Path(source)
+        path = RUBRICS / f"{source}.txt" if str(source) in SHIPPED else Path(source)
         try:
             self.text = path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"rubric: {source} cannot be read ({error}); give `compare`, `score` or a text file"
+                f"rubric: {source} cannot be read ({error}); give {', '.join(SHIPPED)} or a text file"
             ) from None
         places = dict.fromkeys(_PLACE.findall(self.text))
         for name in ("prompt", "responses"):

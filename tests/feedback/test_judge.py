@@ -114,6 +114,14 @@ def test_rows_of_generate_are_gathered_by_prompt_and_doubles_left_out():
     assert alone == 1 and candidates[0].columns == {"kind": "p"}
 
 
+def test_what_a_model_left_empty_is_no_response():
+    rows = [{"prompt": "p", "completion": text, "finish_reason": "stop"} for text in ("n1", "", "n2")]
+    candidates, alone = read_candidates(load_records([*rows, {**rows[1], "prompt": "q"}, {**rows[0], "prompt": "q"}]))
+    assert [(c.prompt, sorted(c.responses)) for c in candidates] == [("p", ["n1", "n2"])] and alone == 1
+    with pytest.raises(UserError, match="no prompt has two different responses"):
+        read_candidates(load_records(rows[1:2]))
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
