@@ -37,7 +37,8 @@ BUDGET = 530.0  # seconds in all
 SANITIZER = 60.0  # of them, kept for the last step
 PATIENCE = 4  # times as long for everything in a dry run: interpreted, and on a few slow cores
 LEAST = 12.0  # a benchmark that gets less is not started
-FAMILIES = ("logprobs", "linear_logprobs", "advantages", "policy", "kl", "preference", "reward", "norm", "lora")
+FAMILIES = ("logprobs", "linear_logprobs", "attention", "advantages", "policy", "kl", "preference", "reward", "norm")
+FAMILIES += ("lora",)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Sizes:
     policy: str
     pairs: str
     norm: str  # N x D
+    decode: tuple[str, str]  # B x H x Hk x S x d
     layer: str  # N x I x O
     mlp: str  # N x D x F
     seconds: float  # of samples per case
@@ -66,13 +68,14 @@ FULL = Sizes(
     "2048x1024",
     "4096",
     "16384x4096",
+    ("64x28x4x1024x128", "256x28x4x1024x128"),
     "8192x4096x4096",
     "8192x4096x14336",
     1.5,
     "backward",
     ", CUDA graph",
 )
-LAYERS = ("5x16", "5x16x24", "5x16x24")
+LAYERS = ("5x16", ("3x4x2x20x16", "3x4x2x20x16"), "5x16x24", "5x16x24")
 DRY = Sizes("cpu", "6x8x128", "5x83", ("3x7", "3x7"), "3x7", "5", *LAYERS, 0.01, "forward+backward", "")
 BOTH, FORWARD, TRAINED = "forward+backward", "forward", "forward+backward, trained head"
 
@@ -350,6 +353,7 @@ def bench_steps(out: Path, sizes: Sizes, tests: dict[str, str]) -> list[Step]:
         ("policy", ["policy_loss", "value_loss"], [sizes.policy], [], 25, 50),
         ("preference", ["dpo_loss"], [sizes.pairs], [], 20, 30),
         ("linear_logprobs", ["linear_cross_entropy"], [sizes.head], dtype, 30, 60),
+        ("attention", ["decode_attention"], list(dict.fromkeys(sizes.decode)), dtype, 15, 40),
         ("norm", ["rms_norm"], [sizes.norm], dtype, 0, 40),
         ("lora", ["lora_linear"], [sizes.layer], dtype, 0, 40),
         ("lora", ["lora_mlp"], [sizes.mlp], dtype, 0, 50),
@@ -485,6 +489,10 @@ def over_loop(rows: Rows, sizes: Sizes) -> float:
     return rows.over_ours("gae", FORWARD, sizes.gae[0], "Python loop")
 
 
+def decode_of_copy(rows: Rows, sizes: Sizes) -> float:
+    return rows.value("percent_copy", "decode_attention", FORWARD, sizes.decode[0]) / 100
+
+
 TARGETS = (
     Target("linear_logprobs, frozen head, forward+backward: share of its 2 GEMMs", 0.85, "", head(BOTH, GEMMS)),
     Target("the same over TRL's chunked log-probabilities", 1.5, "x", head(BOTH, "TRL")),
@@ -496,6 +504,7 @@ TARGETS = (
     Target("token_logprobs with entropy, forward: share of the copy rate", 0.85, "", of_copy(FORWARD)),
     Target("token_logprobs with entropy, backward: share of the copy rate", 0.90, "", of_copy("backward")),
     Target("token_logprobs over TRL's selective_log_softmax, forward", 3.0, "x", over_trl),
+    Target("decode_attention, 64 sequences of Qwen2.5-7B: share of the copy rate", 0.6, "", decode_of_copy),
     Target("gae (512, 4096)", 15, " µs", microseconds("gae", FORWARD, lambda s: s.gae[0]), at_least=False),
     Target("gae (4096, 128)", 8, " µs", microseconds("gae", FORWARD, lambda s: s.gae[1]), at_least=False),
     Target("gae over the Python loop", 1000, "x", over_loop),

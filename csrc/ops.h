@@ -164,6 +164,30 @@ struct ValueResults {
   float* gradient;  // d sum / d values, without the denominator; may be null
 };
 
+// One query of each sequence over its keys and values: tensors (rows, key_heads, places, width or
+// value_width), the last dimension contiguous.
+struct Cache {
+  const void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+  int64_t place_stride;
+};
+
+struct DecodeInputs {
+  const void* query;  // (batch, heads, width), contiguous
+  Cache keys;
+  Cache values;
+  const int64_t* lengths;  // (batch,), the keys of each sequence
+  Dtype dtype;             // of all but the lengths
+  int64_t batch;
+  int64_t heads;
+  int64_t key_heads;
+  int64_t width;
+  int64_t value_width;
+  float scale;
+  int64_t window;  // a query sees this many of the last keys at most
+};
+
 enum class PreferenceKind : int { sigmoid, ipo, hinge, robust, exo_pair, nca_pair, sppo_hard, apo_zero, apo_down };
 
 // One number per pair.

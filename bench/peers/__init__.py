@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from bench.harness import Task
 
-from . import advantages, head, layers, logprobs, policy, preference
+from . import advantages, attention, head, layers, logprobs, policy, preference
 
 
 def tasks(device: str) -> list[Task]:
     """Every task, with our backends of that device among the contenders."""
-    return [t for module in (logprobs, head, advantages, policy, preference, layers) for t in module.tasks(device)]
+    return [
+        t
+        for module in (logprobs, head, attention, advantages, policy, preference, layers)
+        for t in module.tasks(device)
+    ]

@@ -159,6 +159,44 @@ void scaled_gradient(Address gradient, int64_t size, Address grad, Address figur
                   threads);
 }
 
+Cache cache_of(Address data, int64_t row_stride, int64_t head_stride, int64_t place_stride, int64_t elements,
+               const char* name) {
+  check_size(row_stride, name);
+  check_size(head_stride, name);
+  check_size(place_stride, name);
+  return {pointer<const void>(data, elements, name), row_stride, head_stride, place_stride};
+}
+
+void decode_attention(Address query, Address keys, Address values, Address lengths, int dtype, int64_t batch,
+                      int64_t heads, int64_t width, int64_t value_width, int64_t key_heads, int64_t key_row,
+                      int64_t key_head, int64_t key_place, int64_t value_row, int64_t value_head, int64_t value_place,
+                      float scale, int64_t window, int64_t longest, Address out, int threads) {
+  check_threads(threads);
+  check_size(longest, "longest");
+  const int64_t elements = batch * heads * width;
+  const int64_t results = batch * heads * value_width;
+  const int64_t* length = pointer<const int64_t>(lengths, batch, "lengths");
+  for (int64_t i = 0; i < batch; i++) {
+    if (length[i] < 0 || length[i] > longest) {
+      throw std::invalid_argument("lengths must be in [0, " + std::to_string(longest) + "], and entry " +
+                                  std::to_string(i) + " is " + std::to_string(length[i]));
+    }
+  }
+  const DecodeInputs inputs{pointer<const void>(query, elements, "query"),
+                            cache_of(keys, key_row, key_head, key_place, elements * longest, "keys"),
+                            cache_of(values, value_row, value_head, value_place, results * longest, "values"),
+                            length,
+                            dtype_of(dtype),
+                            batch,
+                            heads,
+                            key_heads,
+                            width,
+                            value_width,
+                            scale,
+                            window};
+  cpu_ops().decode_attention(inputs, pointer<void>(out, results, "out"), threads);
+}
+
 py::tuple isas() {
   py::list names;
   for (const char* const* name = supported_isas(); *name; ++name) {
@@ -183,6 +221,7 @@ void bind_cpu(py::module_ m) {
   m.def("policy_loss", &policy_loss, release());
   m.def("value_loss", &value_loss, release());
   m.def("scaled_gradient", &scaled_gradient, release());
+  m.def("decode_attention", &decode_attention, release());
 }
 
 }  // namespace rlhf_fast

@@ -10,10 +10,10 @@
 namespace rlhf_fast {
 namespace {
 
-#define RF_CPU_OPS(ISA)                                                                            \
-  CpuOps {                                                                                         \
-    #ISA, &ISA::token_logprobs_forward, &ISA::token_logprobs_backward, &ISA::head_rows, &ISA::gae, \
-        &ISA::kl_shaped_gae, &ISA::policy_loss, &ISA::value_loss, &ISA::scale                      \
+#define RF_CPU_OPS(ISA)                                                                               \
+  CpuOps {                                                                                            \
+    #ISA, &ISA::token_logprobs_forward, &ISA::token_logprobs_backward, &ISA::head_rows, &ISA::gae,    \
+        &ISA::kl_shaped_gae, &ISA::policy_loss, &ISA::value_loss, &ISA::scale, &ISA::decode_attention \
   }
 
 const CpuOps tables[] = {

@@ -5,20 +5,12 @@
 // so memory is read once whatever the vocabulary. Rows do not share work: the result of a row never depends on the
 // batch around it or on the number of threads.
 #include "../head.h"
-#include "ops.h"
+#include "blocks.h"
 
 namespace rlhf_fast::RF_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 512;
-
-int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-int64_t item_size(Dtype dtype) {
-  return dtype == Dtype::float32 ? 4 : 2;
-}
 
 const void* address(const ConstMatrix& matrix, int64_t row, int64_t column) {
   return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * item_size(matrix.dtype);
@@ -26,38 +18,6 @@ const void* address(const ConstMatrix& matrix, int64_t row, int64_t column) {
 
 void* address(const Matrix& matrix, int64_t row, int64_t column) {
   return static_cast<char*>(matrix.data) + (row * matrix.row_stride + column) * item_size(matrix.dtype);
-}
-
-// The loops over a block are functions of their own, with their constants in local variables: inlined among others they
-// keep sums on the stack, or are not vectorised at all.
-#define RF_LOOP __attribute__((noinline))
-
-RF_LOOP void widen_bf16(const uint16_t* x, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    out[i] = float_from_bf16(x[i]);
-  }
-}
-
-RF_LOOP void widen_half(const uint16_t* x, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    out[i] = float_from_half(x[i]);
-  }
-}
-
-RF_LOOP void narrow_to_bf16(const float* x, int64_t n, uint16_t* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    out[i] = bf16_from_float(x[i]);
-  }
-}
-
-RF_LOOP void narrow_to_half(const float* x, int64_t n, uint16_t* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    out[i] = half_from_float(x[i]);
-  }
 }
 
 RF_LOOP void soft_clip_block(const float* x, int64_t n, float scale, float softcap, float* out) {
@@ -129,27 +89,12 @@ RF_LOOP void multiply_by_clip_slope(const float* clipped, int64_t n, float inver
 const float* load(const ConstMatrix& logits, int64_t row, int64_t begin, int64_t n, const Transform& transform,
                   float* buffer) {
   const void* source = address(logits, row, begin);
-  const float* x = buffer;
-  if (logits.dtype == Dtype::float32) {
-    x = static_cast<const float*>(source);
-  } else if (logits.dtype == Dtype::bfloat16) {
-    widen_bf16(static_cast<const uint16_t*>(source), n, buffer);
-  } else {
-    widen_half(static_cast<const uint16_t*>(source), n, buffer);
-  }
+  const float* x = widened(source, logits.dtype, n, buffer);
   if (transform.softcap > 0.0f) {
     soft_clip_block(x, n, transform.logit_scale, transform.softcap, buffer);
     x = buffer;
   }
   return x;
-}
-
-void store(const float* x, int64_t n, Dtype dtype, void* destination) {
-  if (dtype == Dtype::bfloat16) {
-    narrow_to_bf16(x, n, static_cast<uint16_t*>(destination));
-  } else {
-    narrow_to_half(x, n, static_cast<uint16_t*>(destination));
-  }
 }
 
 float load_one(const ConstMatrix& logits, int64_t row, int64_t column, const Transform& transform) {
@@ -229,7 +174,7 @@ void row_gradient(const ConstMatrix& logits, int64_t row, int64_t label, const R
       out[label - begin] = at_label;  // before rounding to a 16-bit result
     }
     if (out == scratch) {
-      store(scratch, n, result.dtype, destination);
+      narrow(scratch, n, result.dtype, destination);
     }
   }
 }

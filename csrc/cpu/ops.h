@@ -24,6 +24,7 @@ static inline int64_t tokens_of(const Sequences& sequences) {
   void value_loss(const Sequences& sequences, const ValueInputs& inputs, const Reduction& reduction,                  \
                   const ValueResults& results, int threads);                                                          \
   void scale(const float* x, int64_t n, float factor, float* out, int threads);                                       \
+  void decode_attention(const DecodeInputs& inputs, void* out, int threads);                                          \
   }
 
 RF_DECLARE_CPU_OPS(base)
@@ -43,6 +44,7 @@ struct CpuOps {
   decltype(&base::policy_loss) policy_loss;
   decltype(&base::value_loss) value_loss;
   decltype(&base::scale) scale;
+  decltype(&base::decode_attention) decode_attention;
 };
 
 // The widest set this processor runs, or the one named by RLHF_FAST_CPU_ISA (base, avx2, avx512).

@@ -6,7 +6,7 @@
 // the L1 cache, so each term of the loss (surrogate, KL, entropy, ...) is a loop of its own with its options known to
 // the compiler, and a masked token is selected away in each: what is masked may be NaN.
 #include "../losses.h"
-#include "ops.h"
+#include "blocks.h"
 
 namespace rlhf_fast::RF_ISA {
 namespace {
@@ -14,13 +14,6 @@ namespace {
 constexpr int64_t BLOCK = 512;
 constexpr int MAX_PARTS = 256;
 constexpr int64_t PART_TOKENS = 8192;
-
-// See logprobs.cpp: a loop over a block is a function of its own.
-#define RF_LOOP __attribute__((noinline))
-
-int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 struct Range {
   int64_t begin;

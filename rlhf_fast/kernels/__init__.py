@@ -12,6 +12,7 @@ if (_checkout / "csrc").is_dir() and (_checkout / "kernels" / "linear_logprobs")
     __path__.append(str(_checkout / "kernels"))
 
 from .advantages import gae, group_advantages, kl_shaped_gae, shaped_rewards, whiten
+from .attention import decode_attention
 from .dispatch import BACKENDS, available, backend_report, implementation, use_backend
 from .kl import kl_penalty
 from .linear_logprobs import linear_cross_entropy, linear_logprobs
@@ -27,6 +28,7 @@ __all__ = [
     "LoraWeights",
     "available",
     "backend_report",
+    "decode_attention",
     "dpo_loss",
     "gae",
     "group_advantages",

@@ -40,6 +40,7 @@ OPS = {
     "policy": ("policy_loss", "value_loss"),
     "preference": ("dpo_loss",),
     "reward": ("pairwise_reward_loss",),
+    "attention": ("decode_attention",),
     "norm": ("rms_norm_forward", "rms_norm_backward"),
     "lora": ("gated_forward", "gated_backward"),
 }

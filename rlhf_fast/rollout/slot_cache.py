@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from rlhf_fast.data.batch import Span
 from rlhf_fast.errors import UserError
+from rlhf_fast.kernels import decode_attention
 from rlhf_fast.models.attention import Segments, packed_attention
 
 ATTENTION = "rlhf_fast_slots"  # its name in transformers
@@ -84,8 +85,7 @@ class SlotCache:
                 buffer[targets, :, :length] = buffer[sources, :, :length]
 
     def _resized(self, old: Tensor) -> Tensor:
-        # zeros: attention gives unwritten places weight 0, and 0 times the NaN of an old buffer would be NaN
-        new = old.new_zeros(self.rows, old.shape[1], self.length, old.shape[3])
+        new = old.new_empty(self.rows, old.shape[1], self.length, old.shape[3])
         kept = old[: self.rows, :, : self.length]
         new[: kept.shape[0], :, : kept.shape[2]] = kept
         return new
@@ -144,28 +144,14 @@ class Decode:
 
     def __init__(self, cache: SlotCache, positions: Tensor, length: int) -> None:
         self.cache, self.positions, self.length = cache, positions, length
-        self.slots = torch.arange(len(positions), device=positions.device)
-        self.columns = torch.arange(length, device=positions.device)
-        self.masks: dict[int | None, Tensor] = {}
-
-    def mask(self, window: int | None) -> Tensor:
-        """(B, 1, 1, L) bool, True where a slot's token sees a key."""
-        if window not in self.masks:
-            at = self.positions[:, None]
-            mask = self.columns <= at
-            self.masks[window] = (mask if window is None else mask & (self.columns > at - window))[:, None, None]
-        return self.masks[window]
+        self.slots, self.lengths = torch.arange(len(positions), device=positions.device), positions + 1
 
     def attend(self, module, q, k, v, scale, window):
-        size = len(self.slots)
         keys, values = self.cache.layer(module.layer_idx, k, v)
         for buffer, new in ((keys, k), (values, v)):
             buffer[self.slots, :, self.positions] = new[:, :, 0]
-        keys, values = (x[:size, :, : self.length] for x in (keys, values))
-        # the heads that share a key head stand where several queries would: nothing is repeated
-        grouped = q.view(size, keys.shape[1], -1, q.shape[3])
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask(window), scale=scale)
-        return out.reshape(size, 1, *q.shape[1::2])
+        options = {"scale": scale, "window": window, "longest": self.length}
+        return decode_attention(q[:, :, 0], keys, values, self.lengths, **options)[:, None]
 
 
 def slot_attention(

@@ -68,6 +68,11 @@ def calls(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, 
         options = {"low_rank": (x, b), "softcap": 4.0, "logit_scale": 1.2, "entropy": True}
         return kernels.linear_logprobs(hidden, weight, labels, **options)
 
+    cache, lengths = random(2, 3, 2, 7, 5), torch.tensor([7, 0, 4], device=device)
+
+    def decode(query):
+        return kernels.decode_attention(query, *cache, lengths, window=5)
+
     def shaped(logprobs):
         return kernels.shaped_rewards(scores, logprobs, ref, mask, kl_coef=0.1, clip=1.0, **packed)
 
@@ -87,6 +92,7 @@ def calls(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, 
     found = {
         "lora_linear": (linear, random(3, 6), random(2, 6), random(4, 2)),
         "lora_mlp": (mlp, random(3, 6), random(2, 6), random(4, 2), random(6)),
+        "decode_attention": (decode, random(3, 4, 5)),
         "rms_norm": (lambda x, w: kernels.rms_norm(x, w), random(2, 3, 6), random(6)),
         "token_logprobs": (lambda x: kernels.token_logprobs(x, labels, temperature=0.7, entropy=True), random(5, 11)),
         "linear_logprobs": (head, random(5, 3), random(11, 3), random(5, 2), random(11, 2)),

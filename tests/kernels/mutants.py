@@ -585,6 +585,66 @@ NATIVE = (
     ),
 )
 
+DECODE, DECODE_ALL = "test_attention.py::test_values_are_no_worse_than_plain_pytorch", "test_attention.py"
+ATTENTION = (
+    Mutant(
+        "the place behind the last key is seen",
+        "kernels/attention/reference.py",
+        "(column < end) &",
+        "(column <= end) &",
+        (DECODE,),
+    ),
+    Mutant(
+        "unseen values multiplied, not selected",
+        "kernels/attention/reference.py",
+        "shown = torch.where(seen.transpose(2, 3), promote(values), 0.0)",
+        "shown = promote(values)",
+        (DECODE,),
+    ),
+    Mutant(
+        "a window one key too wide",
+        "kernels/attention/triton_impl.py",
+        "first = tl.maximum(length - window, 0)",
+        "first = tl.maximum(length - window - 1, 0)",
+        (DECODE_ALL,),
+    ),
+    Mutant(
+        "earlier keys do not fade",
+        "kernels/attention/triton_impl.py",
+        "total = total * faded + tl.sum(weights, 1)",
+        "total = total + tl.sum(weights, 1)",
+        (DECODE,),
+    ),
+    Mutant(
+        "shares are added without their weights",
+        "kernels/attention/triton_impl.py",
+        "mask=inside, other=0.0) * weight",
+        "mask=inside, other=0.0)",
+        (DECODE,),
+    ),
+    Mutant(
+        "the missing keys of the last four count",
+        "csrc/cpu/attention.cpp",
+        "mine[j] = 0.0f;",
+        "mine[j] = 1.0f;",
+        on("cpu", DECODE),
+    ),
+    Mutant(
+        "the result does not fade when the maximum rises",
+        "csrc/cpu/attention.cpp",
+        "multiply(state.result + q * WIDEST, width, faded);",
+        "multiply(state.result + q * WIDEST, width, 1.0f);",
+        on("cpu", DECODE),
+    ),
+    Mutant(
+        "every query head reads the first key head",
+        "csrc/cpu/attention.cpp",
+        "row * cache.row_stride + head * cache.head_stride",
+        "row * cache.row_stride + 0 * head * cache.head_stride",
+        on("cpu", DECODE),
+    ),
+)
+
 NORM, NORM_EDGES = "test_norm.py::test_values_and_gradients_are_no_worse_than_plain_pytorch", "test_norm.py"
 MLP, LORA = "test_lora.py::test_an_mlp_equals_plain_pytorch", "test_lora.py"
 LAYERS = (
@@ -674,4 +734,4 @@ LAYERS = (
     ),
 )
 
-MUTANTS = PYTHON + TRITON + NATIVE + LAYERS
+MUTANTS = PYTHON + TRITON + NATIVE + ATTENTION + LAYERS

@@ -47,6 +47,7 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, tuple[s
     values = {"values": normal(B, T), "mask": mask}
     rows, width = B * T // 8, 2 * D
     layer = {"w": normal(width, D) * D**-0.5, "a": normal(5, D).float() * D**-0.5, "b": normal(width, 5).float()}
+    cache = {"keys": normal(B, 2, T, D), "values": normal(B, 2, T, D)}
     mlp = {"x": normal(rows, D), **layer, "down": normal(D, width) * width**-0.5}
     return {
         "token_logprobs": ({"logits": normal(B * T, V), "labels": labels, "entropy": True}, ("logits",)),
@@ -64,6 +65,7 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, tuple[s
         "dpo_loss": ({**pairs, "ref_chosen": normal(B), "ref_rejected": normal(B)}, ("chosen", "rejected")),
         "pairwise_reward_loss": (pairs, ("chosen", "rejected")),
         "ranked_reward_loss": (ranked, ("scores",)),
+        "decode_attention": ({"query": normal(B, 8, D), **cache, "lengths": lengths[:, 0]}, ()),
         "rms_norm": ({"x": normal(rows, D), "weight": normal(D)}, ("x", "weight")),
         "lora_linear": ({"x": normal(rows, D), **layer}, ("x", "a", "b")),
         "lora_mlp": (mlp, ("x", "a", "b")),
@@ -73,7 +75,8 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, tuple[s
 NAMES = (
     *("token_logprobs", "linear_logprobs", "linear_cross_entropy", "sequence_logprobs", "gae", "shaped_rewards"),
     *("kl_shaped_gae", "whiten", "group_advantages", "kl_penalty", "policy_loss", "value_loss", "dpo_loss"),
-    *("pairwise_reward_loss", "ranked_reward_loss", "rms_norm", "lora_linear", "lora_mlp"),
+    *("pairwise_reward_loss", "ranked_reward_loss", "decode_attention", "rms_norm", "lora_linear"),
+    "lora_mlp",
 )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.errors import UserError
+from rlhf_fast.kernels import decode_attention
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine, engine_for, slots
@@ -313,9 +314,12 @@ def test_a_model_with_soft_capped_attention_is_left_to_generate_and_a_line_says_
 
 
 def test_a_model_that_the_slots_compute_differently_is_left_to_generate(policy, monkeypatch, caplog):
-    monkeypatch.setattr(
-        "rlhf_fast.rollout.slot_cache.Decode.mask", lambda self, window: self.columns[None, None, None] < 1
-    )
+    """Here they see the first key alone."""
+
+    def blind(query, keys, values, lengths, **options):
+        return decode_attention(query, keys, values, torch.ones_like(lengths), **options)
+
+    monkeypatch.setattr("rlhf_fast.rollout.slot_cache.decode_attention", blind)
     assert isinstance(engine_for(policy), GenerateEngine)
     assert "differ from transformers'" in caplog.text
 

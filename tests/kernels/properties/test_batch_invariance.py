@@ -171,3 +171,16 @@ def test_cpu_kernels_on_any_number_of_threads(name):
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_decode_attention(order):
+    """Slots of different lengths, several blocks of keys and, in the Triton kernel, shares of them."""
+    query, lengths = random(ROWS, 4, 24), torch.tensor([600, 1, 64, 65, 513, 30, 599])
+    keys, values = random(ROWS, 2, 600, 24, seed=1), random(ROWS, 2, 600, 24, seed=2)
+
+    def run(q, k, v, n, _):
+        return (kernels.decode_attention(q, k, v, n),)
+
+    with use_backend(order):
+        same_bits(run, query, keys, values, lengths, device=device_of(order))
