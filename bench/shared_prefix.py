@@ -26,6 +26,7 @@ from bench.report import machine, put_rows, version
 from rlhf_fast import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from rlhf_fast.data.batch import Example, Experience, Preference, packed_length
 from rlhf_fast.models.adapters import lora_config
+from rlhf_fast.trainers.loop import optimizer_step
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB = 4096
@@ -122,7 +123,7 @@ def measure(name: str, case: Case, rounds: int) -> list[dict[str, Any]]:
         for sharing in (False, True) if turn % 2 else (True, False):
             trainer.args.shared_prefix = sharing
             began = time.perf_counter(), time.process_time()
-            trainer._optimizer_step(list(range(len(records))))
+            optimizer_step(trainer, list(range(len(records))))
             if trainer.policy.device.type == "cuda":
                 torch.cuda.synchronize()
             wall[sharing].append(time.perf_counter() - began[0])
@@ -155,7 +156,7 @@ def gradients(trainer: Any, records: list[Any], sharing: bool) -> list[torch.Ten
     """The gradient of every trained parameter."""
     trainer.args.shared_prefix = sharing
     trainer.optimizer.zero_grad(set_to_none=True)
-    (loss, _, _), *_ = trainer.losses(records, trainer._window(records))
+    (loss, _, _), *_ = trainer.losses(records, trainer.window(records))
     loss.backward()
     found = [p.grad for p in trainer.parameters]
     trainer.optimizer.zero_grad(set_to_none=True)

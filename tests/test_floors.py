@@ -58,6 +58,11 @@ SHARED_TRAINER_FILES = tuple(
     f"rlhf_fast.trainers.{name}"
     for name in (
         "trainer",
+        "loop",
+        "progress",
+        "journal",
+        "evaluation",
+        "shards",
         "algorithm",
         "config",
         "build",

@@ -16,6 +16,7 @@ from rlhf_fast.data.packing import fullest, micro_batches_of_bundles
 from rlhf_fast.data.prepare import Report
 from rlhf_fast.kernels import sequence_logprobs
 from rlhf_fast.models import Policy
+from rlhf_fast.run.metrics import MetricsLog
 
 from .config import TrainerConfig
 
@@ -207,6 +208,12 @@ class Algorithm:
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
+
+    def after_log(self, figures: dict[str, float]) -> None:
+        """Called with the figures of every log line."""
+
+    def after_evaluation(self, log: MetricsLog) -> None:
+        """Called after every evaluation of a run, whose figures are in ``log`` by then."""
 
     def extra_state(self) -> dict[str, Any]:
         """What resuming needs beyond the loop's own."""

@@ -1,4 +1,4 @@
-"""What a trainer is made of: the policy that its config describes, and data."""
+"""What a trainer is made of: the processes, the policy that its config describes, and data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
 
 from rlhf_fast.data.sources import load_records
 from rlhf_fast.errors import UserError
-from rlhf_fast.models import Policy, load
+from rlhf_fast.models import Policy, disable_dropout, load
 from rlhf_fast.models.adapters import is_4bit, lora_config
 from rlhf_fast.models.attention import check_implementation
+from rlhf_fast.run import sharding
 
 from .config import TrainerConfig
+
+REPLICAS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def build_accelerator() -> tuple[Accelerator, bool]:
+    """The run's processes and devices, and whether weights are to be sharded over them once they are complete.
+
+    Raises:
+        UserError: accelerate was told to do something else.
+    """
+    # precision is the policy's: accelerate holds one for the whole process, where SFT and PPO may follow each other.
+    # buffers are constants; broadcasting them would make ranks with fewer micro-batches wait for ever
+    replicas = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[replicas])
+    shards = sharding.asked_for(accelerator)
+    if not shards and accelerator.distributed_type not in REPLICAS:
+        raise UserError(
+            f"accelerate was told to use {accelerator.distributed_type.value}, and runs of several processes are "
+            "replicas (DDP) or shards (FSDP2) here: start them with `accelerate launch --multi_gpu`, with `--use_fsdp "
+            "--fsdp_version 2`, or torchrun"
+        )
+    return accelerator, shards
 
 
 def build_policy(
@@ -67,6 +92,17 @@ def build_policy(
     if half and not lora:  # fp32 weights, 16-bit passes: steps of a small learning rate vanish in 16-bit weights
         policy.compute_dtype = torch.bfloat16
     return policy
+
+
+def without_dropout(policy: Policy, args: TrainerConfig) -> None:
+    """Turn the model's own dropout off.
+
+    Raises:
+        UserError: the adapter was to have some.
+    """
+    if args.lora_dropout:
+        raise UserError("lora_dropout must be 0 here: ratios and margins compare two passes; only SFT has dropout")
+    disable_dropout(policy)
 
 
 def records_of(dataset: Any, name: str) -> Any:

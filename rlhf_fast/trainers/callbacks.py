@@ -84,11 +84,14 @@ class Callbacks:
         self.members = [_resolve(spec) for spec in specs]
 
     def call(self, event: str, trainer: Trainer, what: Any) -> None:
+        """Tell them all, and let all ranks know when one of them stops the run. Collective."""
         for member in self.members:
             if inspect.isroutine(member):
                 member(event, trainer, what)
             elif method := getattr(member, event, None):
                 method(trainer, what)
+        if self.members and trainer.ranks.any(bool(trainer.stopped)):
+            trainer.stopped = trainer.stopped or "another process stopped"
 
     def state(self) -> dict[str, Any]:
         """Of every callback that offers one, by its place and class."""
@@ -103,6 +106,23 @@ class Callbacks:
     def _named(self) -> dict[str, Any]:
         kinds = [type(member).__name__ for member in self.members]
         return {f"{kind}/{kinds[:i].count(kind)}": member for i, (kind, member) in enumerate(zip(kinds, self.members))}
+
+
+def watchers(trainer: Trainer, more: Sequence[Any]) -> tuple[Best, Callbacks]:
+    """What keeps the best evaluation of a run, and its callbacks: early stopping, the algorithm's, the config's, ``more``.
+
+    Raises:
+        UserError: evaluations are to be watched, and there are none.
+    """
+    a = trainer.args
+    if a.watches_evaluations and trainer.eval_records is None:
+        raise UserError("the best evaluation is asked for, and there is none without an eval_dataset")
+    metric = a.metric_for_best_model or trainer.best_metric
+    specs = [*trainer.own_callbacks(), *a.callbacks, *more]
+    if a.early_stopping_patience is not None:
+        stopping = (metric, a.early_stopping_patience, a.early_stopping_threshold, a.greater_is_better)
+        specs.insert(0, EarlyStopping(*stopping))
+    return Best(metric, a.greater_is_better), Callbacks(specs)
 
 
 def _resolve(spec: Any) -> Any:

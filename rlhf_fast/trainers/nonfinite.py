@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.disk import disk_faults
 
 from .algorithm import Window
@@ -18,8 +21,26 @@ from .trial import trial
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+logger = logging.getLogger(__name__)
+MAX_SKIPPED_STEPS = 3  # in a row
 FOLDER = "skipped"  # of the run folder
 NAMED = 3  # rows in a message
+
+
+def skip(trainer: Trainer, norm: Tensor, records: list[Any], window: Window) -> None:
+    """Say which step is left out and why.
+
+    Raises:
+        UserError: it is one of too many in a row.
+    """
+    trainer.skipped += 1
+    told = report(trainer, records, window)
+    logger.warning("step %d skipped: the gradient norm is %s; %s", trainer.step + 1, float(norm), told)
+    if trainer.skipped == MAX_SKIPPED_STEPS:
+        raise UserError(
+            f"{MAX_SKIPPED_STEPS} steps in a row had non-finite gradients, the last at step {trainer.step + 1}; "
+            f"lower the learning rate (now {trainer.scheduler.get_last_lr()[0]:g}) or inspect the data there: {told}"
+        )
 
 
 def report(trainer: Trainer, records: list[Any], window: Window) -> str:

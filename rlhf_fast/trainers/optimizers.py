@@ -7,15 +7,21 @@ of a 7B model, and 0.24 GB for its adapter of rank 16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.adapters import bitsandbytes
+
+if TYPE_CHECKING:
+    from .config import TrainerConfig
 
 
 def build_optimizer(name: str, parameters: list[nn.Parameter], rate: float, weight_decay: float) -> Optimizer:
@@ -29,6 +35,12 @@ def build_optimizer(name: str, parameters: list[nn.Parameter], rate: float, weig
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return OPTIMIZERS[name]([g for g in groups if g["params"]], rate, parameters[0].device)
+
+
+def build_scheduler(args: TrainerConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """The learning rate over ``total_steps``: warm-up, then what ``lr_scheduler_type`` says."""
+    warmup = math.ceil(args.warmup_ratio * total_steps)
+    return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
 def _adamw(groups: list[dict[str, Any]], rate: float, device: torch.device) -> Optimizer:

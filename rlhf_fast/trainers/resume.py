@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models.fingerprint import difference, digest
 from rlhf_fast.run.checkpoint import (
     checkpoint_path,
@@ -40,6 +42,19 @@ def save(trainer: Trainer, out: Path) -> Path:
         save_checkpoint(out / "checkpoints", trainer.step, state, keep=keep, protect=best)
     trainer.accelerator.wait_for_everyone()
     return checkpoint_path(out / "checkpoints", trainer.step)
+
+
+@contextlib.contextmanager
+def saved_if_rollouts_fail(trainer: Trainer, out: Path) -> Iterator[None]:
+    """Inside, a round begins; when the rollouts it needs cannot be had, where the run stood before is saved first."""
+    before = trainer.sampler.state(), trainer.rows_drawn
+    try:
+        yield
+    except RolloutError as error:
+        trainer.sampler.load_state(before[0])
+        trainer.rows_drawn = before[1]
+        save(trainer, out)
+        raise RolloutError(f"{error} (saved at step {trainer.step}; continue with --resume)") from error
 
 
 def load_best(trainer: Trainer, out: Path) -> str:

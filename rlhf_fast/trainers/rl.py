@@ -13,10 +13,10 @@ from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import Report, prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
+from rlhf_fast.models.policy import in_eval_mode
 from rlhf_fast.rewards import evaluate_policy, resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
 from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
-from rlhf_fast.run.determinism import repeatable
 from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
@@ -74,10 +74,6 @@ class RLTrainer(Trainer):
         slots = self.rollout_batch_size or self.args.rollout_batch_size
         options = {"max_tokens": self.rollout_tokens, "merge_lora": self.args.rollout_merge_lora}
         return engine_for(self.policy, slots=slots, longest=self.sizes()["length"], **options)
-
-    def _begin_round(self) -> None:
-        with self.whole():  # ranks write at a pace of their own
-            super()._begin_round()
 
     def check_rewards(self, args: RLConfig) -> None:
         """Raise UserError when there is nothing to learn from."""
@@ -198,8 +194,7 @@ class RLTrainer(Trainer):
             self.times.add(self.rollouts.seconds)
         return experiences, {**metrics, **agreement}
 
-    def _log(self, log: MetricsLog) -> dict[str, float]:
-        figures = super()._log(log)
+    def after_log(self, figures: dict[str, float]) -> None:
         gap, most = figures.get("sampling/sampling_logp_difference/mean", 0.0), self.args.vllm_logprob_tolerance
         if gap > most:
             logger.warning(
@@ -207,7 +202,6 @@ class RLTrainer(Trainer):
                 "vllm_logprob_tolerance, %g): it samples from another policy than the one that is trained",
                 *(self.step, type(self.engine).__name__, gap, most),
             )
-        return figures
 
     def annotate(self, experiences: list[Experience], **passes: Callable[[TokenBatch], Tensor]) -> None:
         """Fill per-token entries by name, each with what its pass returns, in the micro-batches that fit in memory."""
@@ -217,11 +211,8 @@ class RLTrainer(Trainer):
         """(N,) log-probabilities under ``role``, at the sampling temperature."""
         return self.policy.logprobs(batch, role=role, temperature=self.args.temperature)
 
-    @repeatable
-    def evaluate(self) -> dict[str, float]:
+    def assess(self) -> dict[str, float]:
         """Greedy answers to held-out prompts, scored by the reward functions, and the KL where there is a reference."""
-        if self.eval_records is None:
-            raise UserError("evaluate() needs an eval_dataset")
         with self.whole():
             return self._answer_held_out()
 
@@ -233,13 +224,13 @@ class RLTrainer(Trainer):
         weights = {"reward_weights": a.reward_weights}
         evaluation = evaluate_policy(self.policy, prompts, self.rollouts.functions, **weights, **limits)
         self.completions = evaluation.samples
-        figures = {f"eval_{name}": value for name, value in evaluation.items() if isinstance(value, float)}
+        figures = {name: value for name, value in evaluation.items() if isinstance(value, float)}
         self.judged = self.rollouts.others(prompts, evaluation.completion_ids)
-        figures |= {f"eval_{name}": float(values.nanmean()) for name, values in self.judged.items()}
+        figures |= {name: float(values.nanmean()) for name, values in self.judged.items()}
         self.judged["reward"] = evaluation.totals
         if self.policy.has_reference:
             sampled = evaluate_policy(self.policy, prompts, [], temperature=a.temperature, seed=a.seed, **limits)
-            figures["eval_kl"] = self.kl_to_reference(prompts, sampled.completion_ids)
+            figures["kl"] = self.kl_to_reference(prompts, sampled.completion_ids)
         return figures
 
     @torch.no_grad()
@@ -249,7 +240,7 @@ class RLTrainer(Trainer):
             Experience(Example([*p.input_ids, *r], [False] * len(p.input_ids) + [True] * len(r)), reward=0.0)
             for p, r in zip(prompts, responses)
         ]
-        with self._eval_mode():
+        with in_eval_mode(self.policy):
             self.annotate(
                 experiences,
                 old_logprobs=lambda b: self.logprobs(b, "policy"),
@@ -257,10 +248,8 @@ class RLTrainer(Trainer):
             )
         return sum(map(kl_of, experiences)) / len(experiences)
 
-    def _evaluate(self, log: MetricsLog) -> dict[str, float]:
-        figures = super()._evaluate(log)
+    def after_evaluation(self, log: MetricsLog) -> None:
         log.completions(self.step, self.completions, shown=self.args.num_completions_to_print)
-        return figures
 
     def extra_state(self) -> dict[str, Any]:
         return {} if self.lagrangian is None else {"lagrangian": self.lagrangian.state()}

@@ -32,7 +32,7 @@ from rlhf_fast import cli
 from rlhf_fast.rewards.experience import ScoredRollouts
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.metrics import MetricsLog
-from rlhf_fast.trainers import resume
+from rlhf_fast.trainers import loop, resume
 from rlhf_fast.trainers.trainer import Trainer
 
 METHODS = tuple(name for name, command in cli.COMMANDS.items() if command.group == "train")
@@ -111,15 +111,15 @@ class Moments:
 
 def note_what_is_consumed() -> None:
     """Let trainers add a line to ``order.jsonl`` for each optimizer step, and write ``digest.json`` at the end."""
-    step, train = Trainer._optimizer_step, Trainer.train
+    step, train = loop.optimizer_step, Trainer.train
 
-    def noted_step(self, indices):
-        records = [self.records[i] for i in indices]
-        ids = [e.input_ids for record in records for e in self.examples(record)]
-        line = {"step": self.step + 1, "ids": _sha(json.dumps(ids).encode())}
-        with (Path(self.args.output_dir) / "order.jsonl").open("a") as file:
+    def noted_step(trainer, indices):
+        records = [trainer.records[i] for i in indices]
+        ids = [e.input_ids for record in records for e in trainer.examples(record)]
+        line = {"step": trainer.step + 1, "ids": _sha(json.dumps(ids).encode())}
+        with (Path(trainer.args.output_dir) / "order.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return step(self, indices)
+        return step(trainer, indices)
 
     def noted_train(self, *args, **kwargs):
         result = train(self, *args, **kwargs)
@@ -137,7 +137,7 @@ def note_what_is_consumed() -> None:
         (out / "digest.json").write_text(json.dumps(digest))
         return result
 
-    Trainer._optimizer_step, Trainer.train = noted_step, noted_train
+    loop.optimizer_step, Trainer.train = noted_step, noted_train
 
 
 def _metrics(out: Path) -> str:

@@ -18,6 +18,7 @@ from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rollout import CAPABILITIES, ServerEngine
 from rlhf_fast.run.checkpoint import list_checkpoints
+from rlhf_fast.trainers import loop
 from tests.rollout.conftest import Served
 from tests.rollout.test_server import Faults
 
@@ -108,11 +109,11 @@ def test_several_servers_share_a_run(run_grpo, served):
     assert here.seen == there.seen
 
 
-def test_a_server_that_may_sleep_sleeps_through_the_update(run_grpo, served):
+def test_a_server_that_may_sleep_sleeps_through_the_update(run_grpo, served, monkeypatch):
     server = served()
     trainer, _ = run_grpo(server.url, vllm_enable_sleep_mode=True)
-    asleep, step = [], trainer._optimizer_step
-    trainer._optimizer_step = lambda indices: (asleep.append(server.worker.asleep), step(indices))[1]
+    asleep, step = [], loop.optimizer_step
+    monkeypatch.setattr(loop, "optimizer_step", lambda *given: (asleep.append(server.worker.asleep), step(*given))[1])
     trainer.train()
     assert asleep == [True, True]
 

@@ -20,6 +20,7 @@ from rlhf_fast import (
     SFTTrainer,
 )
 from rlhf_fast.errors import UserError
+from rlhf_fast.trainers import loop
 
 ROWS = [{"prompt": f"{i} ", "completion": w} for i, w in enumerate(["a", "hello", "to be", "x+y=z"])]
 
@@ -173,22 +174,22 @@ def hold(made, tokens):
     made.policy.model.get_input_embeddings().register_forward_pre_hook(check)
 
 
-def gradients_of(made, run):
+def gradients_of(made, run, monkeypatch):
     """Of each step, before it is taken."""
-    seen, apply = [], made._apply
+    seen, apply = [], loop.apply
 
     def noted(*args):
         seen.append([p.new_zeros(()) if p.grad is None else p.grad.detach().clone() for p in made.parameters])
         apply(*args)
 
-    made._apply = noted
-    result = run(made)
-    return seen, result
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "apply", noted)
+        return seen, run(made)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "ppo"])
 def test_memory_that_runs_out_halves_the_micro_batch_and_changes_no_gradient(
-    kind, make_model, tokenizer, settings, run, caplog, sgd
+    kind, make_model, tokenizer, settings, run, caplog, sgd, monkeypatch
 ):
     """The first micro-batch goes through, so that there are gradients and figures to take back. Plain descent, so that the
     second step has the same gradients too.
@@ -215,7 +216,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_changes_no_gradient(
         args = config(**settings(**options))
         made = trainer(make_model(), args=args, train_dataset=rows, processing_class=tokenizer, **given)
         hold(made, limit)
-        ends.append((*gradients_of(made, run), made.micro_batch_tokens))
+        ends.append((*gradients_of(made, run, monkeypatch), made.micro_batch_tokens))
     (whole, all_steps, free), (halved, other_steps, budget) = ends
     assert free is None
     assert budget <= 24

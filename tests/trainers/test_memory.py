@@ -33,6 +33,7 @@ from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rollout import GenerateEngine, Request, SlotEngine
 from rlhf_fast.run.checkpoint import rng_state
 from rlhf_fast.run.memory import GB, Job, Part, Plan, Shape, find_shape, plan
+from rlhf_fast.trainers.loop import begin_round, optimizer_step
 from rlhf_fast.trainers.memory import _ballast, check, compare, job_of, plan_of, weights_of
 
 ROWS = [{"prompt": f"{i}. ", "completion": w} for i, w in enumerate(["a", "to be", "seventeen", "q", "1,000,000"])]
@@ -188,8 +189,8 @@ def check_peak(method, model, make, scripted=None, tokens=250, **more) -> Plan:
 
     def train():
         for _ in range(2):
-            made._begin_round()
-            made._optimizer_step(made.plan.pop(0))
+            begin_round(made)
+            optimizer_step(made, made.plan.pop(0))
 
     planned = plan_of(made)
     before = sum(p.bytes for p in planned.parts if p.name in ("frozen weights", "trained weights"))
@@ -394,7 +395,14 @@ def everything(trainer):
     weights = {n: p.detach().clone() for n, p in trainer.policy.named_parameters()}
     gradients = {n: p.grad for n, p in trainer.policy.named_parameters()}
     return copy.deepcopy(
-        (weights, gradients, trainer.metrics.state(), trainer.optimizer.state_dict(), rng_state(), float(trainer._loss))
+        (
+            weights,
+            gradients,
+            trainer.metrics.state(),
+            trainer.optimizer.state_dict(),
+            rng_state(),
+            float(trainer.window_loss),
+        )
     )
 
 

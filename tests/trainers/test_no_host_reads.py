@@ -23,6 +23,7 @@ from rlhf_fast import (
     SFTConfig,
     SFTTrainer,
 )
+from rlhf_fast.trainers import loop
 
 ROOT = str(Path(__file__).resolve().parents[2] / "rlhf_fast")
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
@@ -82,20 +83,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_micro_step_reads_back(name, make_model, tokenizer, settings, run):
+def test_no_micro_step_reads_back(name, make_model, tokenizer, settings, run, monkeypatch):
     trainer, config, rows, options = CASES[name]
     args = config(**settings(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, **options))
     args.max_completion_length = 4
     given = {"reward_funcs": vowels} if rows is PROMPTED else {}
     made = trainer(make_model(), args=args, train_dataset=rows, processing_class=tokenizer, **given)
-    trap, accumulate = Trap(), made._accumulate
+    trap, accumulate = Trap(), loop.accumulate
 
     def trapped(*given):
         with trap:
             accumulate(*given)
         trap.computed.clear()
 
-    made._accumulate = trapped
+    monkeypatch.setattr(loop, "accumulate", trapped)
     run(made)
     assert not set(trap.found)
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 import rlhf_fast
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.sharding import asked_for
+from rlhf_fast.trainers import shards
 from tests.trainers.processes import KINDS, vowels
 from tests.trainers.test_processes import EXAMPLES, KEPT, LABELLED, PAIRS, PROMPTS, save_model, start
 
@@ -135,7 +136,7 @@ def test_what_sharded_weights_do_not_go_with_is_refused_by_name(kind, settings, 
     trainer_class, config_class = (getattr(rlhf_fast, KINDS[kind] + part) for part in ("Trainer", "Config"))
     trainer = trainer_class(tmp_path / "model", args=config_class(**case), train_dataset=rows, **given)
     with pytest.raises(UserError, match=rf"sharded weights \(FSDP2\) do not go with {named}: .* run replicas"):
-        trainer._shard(None)
+        shards.check(trainer)
 
 
 def test_fsdp1_and_parameters_on_the_host_are_refused():

@@ -24,6 +24,7 @@ from rlhf_fast import (
 from rlhf_fast.models import load
 from rlhf_fast.models.adapters import lora_config
 from rlhf_fast.rewards.model import RewardModel
+from rlhf_fast.trainers.loop import optimizer_step
 
 PROMPTS = ["what is one plus one = ", "name the colour of the sky - ", "a prompt "]
 ANSWERS = [["2", "two", "three or so!", "2, i think"], ["blue", "red!", "azure", "grey, mostly"], ["x", "y", "zz", "!"]]
@@ -129,7 +130,7 @@ def test_a_micro_batch_holds_whole_groups_where_it_can(size, parts, make_model, 
     pack = trainer.pack
     trainer.pack = lambda examples: (sizes.append(len(examples)), pack(examples))[1]
     trainer.records = trainer.collect(trainer.train_records[:2])
-    trainer._optimizer_step(list(range(8)))
+    optimizer_step(trainer, list(range(8)))
     assert sizes == parts
 
 

@@ -1,0 +1,152 @@
+"""The loop that all trainers share, over rounds, windows and micro-batches.
+
+A *round* turns some rows of the data set into records to learn from (``collect``: for offline algorithms the rows
+themselves, for reinforcement learning sampled and scored responses). A *window* is what one optimizer step learns from.
+It is split into micro-batches, by tokens or by records, whose losses are sums over one denominator, that of the whole
+window on all ranks: any split of the window gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.run import sharding
+from rlhf_fast.run.record import Record
+from rlhf_fast.run.signals import StopSignals
+
+from . import memory, nonfinite
+from .algorithm import Window
+from .journal import Journal
+from .resume import load_best, save, saved_if_rollouts_fail
+from .shards import idle_losses
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def run(trainer: Trainer, out: Path, resumed: int | None, record: Record) -> None:
+    """Make a run's steps from wherever it stands, and save the model that it ends with.
+
+    Args:
+        resumed: the step gone on from; None for a fresh start.
+        record: takes the last figures and how it ended.
+    """
+    a = trainer.args
+    with Journal(trainer, out, resumed, record.figures) as log, StopSignals() as stop:
+        while not trainer.finished:
+            if not trainer.plan:
+                with trainer.timed("collect"), saved_if_rollouts_fail(trainer, out):
+                    begin_round(trainer)
+            with trainer.timed("train"):
+                optimizer_step(trainer, trainer.plan.pop(0))
+            log.total_steps = trainer.expected_steps
+            # read once: a signal that comes while logging waits for the next step
+            interrupted = trainer.ranks.any(stop.requested) and not trainer.finished
+            ends = trainer.finished or interrupted
+            logged = log.write() if ends or trainer.step % a.logging_steps == 0 else {}
+            trainer.callbacks.call("on_step", trainer, logged)  # which may end the run
+            record.step = trainer.step
+            if evaluation_due(trainer) and not interrupted:  # who asked to stop will not wait for it
+                evaluate(trainer, log)
+            is_best = trainer.best.step == trainer.step
+            if trainer.finished or interrupted or trainer.step % a.save_steps == 0 or is_best:
+                with trainer.timed("save"):
+                    folder = save(trainer, out)
+                trainer.callbacks.call("on_save", trainer, folder)
+            if trainer.stopped and not logged:
+                log.write()
+            if trainer.stopped:
+                log.print(f"stopped at step {trainer.step}: {trainer.stopped}")
+            elif interrupted:
+                log.print(f"{stop.name or 'stopped'}: saved at step {trainer.step}; continue with --resume")
+                break
+            log.tick(trainer.step)
+    if trainer.finished and (a.load_best_model_at_end or trainer.rolls_back):
+        trainer.say(load_best(trainer, out))
+    if trainer.memory_plan is not None and torch.cuda.is_available():
+        trainer.say(memory.compare(trainer.memory_plan, torch.cuda.max_memory_allocated()))
+    trainer.save_model(out)
+    interruption = f"interrupted by {stop.name or 'another rank'}"
+    record.outcome = trainer.stopped or ("finished" if trainer.finished else interruption)
+
+
+def begin_round(trainer: Trainer) -> None:
+    """Draw rows, make records of them, and plan the windows over these."""
+    # the last round is as short as the data, but every window of every rank needs a row: it may run on into the next
+    # epoch by a few
+    fewest = trainer.windows_per_round * len(trainer.ranks)
+    count = min(trainer.schedule.rows_per_round, max(fewest, trainer.rows_left))
+    samples = trainer.record_class is not None
+    with trainer.whole() if samples else contextlib.nullcontext():  # ranks write at a pace of their own
+        trainer.records = trainer.collect(trainer.draw(count, *trainer.ranks.bounds(count)))
+        if samples:
+            trainer.callbacks.call("on_rollout", trainer, trainer.records)
+        trainer.plan = trainer.make_plan(len(trainer.records))
+
+
+def optimizer_step(trainer: Trainer, indices: list[int]) -> None:
+    """One step on the round's records at ``indices``, this rank's part of a window."""
+    records = [trainer.records[i] for i in indices]
+    window = trainer.window(records)
+    memory.halving(trainer, records, lambda parts: accumulate(trainer, parts, window))
+    norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, trainer.args.max_grad_norm or math.inf)
+    apply(trainer, sharding.gathered(norm).to(trainer.accelerator.device), records, window)
+    trainer.tokens_seen += sum(len(e) for record in records for e in trainer.examples(record))
+    trainer.step += 1
+    trainer.after_step()
+    # a schedule is a function of where the run is
+    trainer.scheduler.last_epoch = trainer.position - 1
+    trainer.scheduler.step()
+
+
+def accumulate(trainer: Trainer, parts: list[list[Any]], window: Window) -> None:
+    """Add up the gradients of a window's micro-batches. Nothing here waits for the device."""
+    world, idle = len(trainer.ranks), trainer.idle_passes(len(parts))
+    for number, part in enumerate(parts, start=1):
+        # ranks may differ in how many they have: gradients meet once, in the last one of each. Sharded ones meet each time:
+        # whole, they would soon be too much
+        hold = number < len(parts) and world > 1 and not trainer.sharded
+        with trainer.accelerator.no_sync(trainer.model) if hold else contextlib.nullcontext():
+            for loss, metrics, weight in trainer.losses(part, window):
+                # gradients are averaged over ranks; the denominator already counts them all
+                trainer.accelerator.backward(loss * world)
+                trainer.metrics.add(metrics, weight)
+                trainer.window_loss = trainer.window_loss + loss.detach()
+    for loss in idle_losses(trainer, parts[-1:] * idle, window):
+        trainer.accelerator.backward(loss * 0.0)
+
+
+def apply(trainer: Trainer, norm: Tensor, records: list[Any], window: Window) -> None:
+    """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
+    if bool(torch.isfinite(norm)):
+        trainer.optimizer.step()
+        trainer.skipped = 0
+    else:
+        nonfinite.skip(trainer, norm, records, window)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    losses = trainer.accelerator.reduce(torch.as_tensor(trainer.window_loss, device=trainer.accelerator.device), "sum")
+    trainer.metrics.add({"loss": losses, "grad_norm": norm}, 1.0)
+    trainer.window_loss = 0.0
+
+
+def evaluation_due(trainer: Trainer) -> bool:
+    """Whether the held-out data is looked at after this step."""
+    every = trainer.args.eval_steps
+    return trainer.eval_records is not None and (trainer.finished or bool(every and trainer.step % every == 0))
+
+
+def evaluate(trainer: Trainer, log: Journal) -> None:
+    """Log what the held-out data says, and let all know that follow it."""
+    with trainer.timed("evaluate"):
+        figures = trainer.evaluate()
+    log.add(figures)
+    if trainer.args.watches_evaluations:
+        trainer.best.update(trainer.step, figures)
+    trainer.callbacks.call("on_evaluate", trainer, figures)
+    trainer.after_evaluation(log)
