@@ -62,6 +62,7 @@ SHARED_TRAINER_FILES = tuple(
         "progress",
         "journal",
         "evaluation",
+        "figures",
         "shards",
         "algorithm",
         "config",

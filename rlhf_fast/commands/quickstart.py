@@ -219,12 +219,13 @@ def _judge(out: Path, trainer: Any, held_out: list, seed: int) -> dict[str, floa
     """Accuracy, the reward model's score, and how far the policy went from where it started, by samples of its own."""
     from rlhf_fast.rewards.model import RewardModel
     from rlhf_fast.rollout import Request, engine_for
+    from rlhf_fast.trainers.evaluation import kl_to_reference
 
     figures = _accuracy(trainer.policy, held_out, RewardModel(out / "reward"))
     prompts = _prompts(trainer.policy, held_out)
     requests = [Request(p.input_ids, max_new_tokens=ANSWER_TOKENS, seed=seed + i) for i, p in enumerate(prompts)]
     samples = engine_for(trainer.policy).generate(requests)
-    return {**figures, "kl": trainer.kl_to_reference(prompts, [s.ids for (s,) in samples])}
+    return {**figures, "kl": kl_to_reference(trainer, prompts, [s.ids for (s,) in samples])}
 
 
 def _row(name: str, figures: dict[str, float]) -> tuple[str, ...]:

@@ -206,6 +206,13 @@ def restore_experience(fields: dict[str, Any], device: Any) -> Experience:
 
 
 @torch.no_grad()
+def blank_experience(prompt: Sequence[int], length: int, entries: Sequence[str], device: Any) -> Experience:
+    """A record of ``length`` tokens that teaches nothing: ``prompt``, its last token over and over, ``entries`` of zeros."""
+    new = length - len(prompt)
+    example = Example([*prompt, *prompt[-1:] * new], [False] * len(prompt) + [True] * new)
+    return Experience(example, reward=0.0, **{name: torch.zeros(length, device=device) for name in entries})
+
+
 def annotate(
     micro_batches: Sequence[Sequence[Experience]],
     passes: dict[str, Callable[[TokenBatch], Tensor]],

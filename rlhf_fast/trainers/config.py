@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,9 @@ AT_LEAST_ONE = (
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "micro_batch_tokens",
+    "eval_steps",
+    "early_stopping_patience",
 )
 
 
@@ -38,6 +41,23 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise UserError unless ``value`` is among ``choices``."""
     if value not in choices:
         raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def at_least(config: Any, bound: float, *names: str) -> None:
+    """Raise UserError for a field of ``names`` below ``bound``. One that is None is unset."""
+    _refuse(config, names, lambda value: value < bound, f"at least {bound}")
+
+
+def above(config: Any, bound: float, *names: str) -> None:
+    """Raise UserError for a field of ``names`` that is ``bound`` or below. One that is None is unset."""
+    _refuse(config, names, lambda value: value <= bound, f"above {bound}")
+
+
+def _refuse(config: Any, names: Iterable[str], wrong: Callable[[Any], bool], allowed: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) is not None and wrong(value):
+            unset = ", or unset" if getattr(type(config), name) is None else ""
+            raise UserError(f"{name} is {value}; it must be {allowed}{unset}")
 
 
 @dataclass(kw_only=True)
@@ -92,20 +112,10 @@ class TrainerConfig:
     quiet: bool = False  # no progress bar
 
     def __post_init__(self) -> None:
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            raise UserError(f"micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 1, or unset")
+        at_least(self, 1, *AT_LEAST_ONE)
         if self.offload_activations and self.gradient_checkpointing is False:
             raise UserError(
                 "offload_activations moves what gradient_checkpointing keeps; leave gradient_checkpointing on"
-            )
-        if self.eval_steps is not None and self.eval_steps < 1:
-            raise UserError(f"eval_steps is {self.eval_steps}; it must be at least 1, or unset for one at the end")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise UserError(
-                f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1, or unset"
             )
         if self.watches_evaluations and self.eval_steps is None:
             raise UserError("the best evaluation is one of several: set eval_steps, the optimizer steps between them")

@@ -17,6 +17,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.losses.preference import PAIRED, Coefficients, Pairs, Row, check, length_discount
 
 from .config import TrainerConfig, one_of
+from .figures import implicit_rewards, preference_figures
 from .reference import precomputed, response_logprobs
 from .trainer import Trainer, Window
 
@@ -170,7 +171,11 @@ class DPOTrainer(Trainer):
         if records[0].coupling is not None:
             coupling = sums.new_tensor([r.coupling for r in records])
             total = total + coupling[:, 0].sum() + (coupling[:, 1:] * (sums - sums.detach())).sum()
-        yield total / window.records, self._figures(pairs), len(records)
+        if torch.is_grad_enabled() and self.any_is("centred"):
+            # stays on the device until the step is over: a micro-step waits for nothing
+            rewards = torch.cat(implicit_rewards(pairs, self.args.beta)).double()
+            self.step_rewards = self.step_rewards + torch.stack([rewards.sum(), rewards.new_full((), len(rewards))])
+        yield total / window.records, preference_figures(pairs, self.args.beta), len(records)
 
     def response_sums(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         if self.args.ld_alpha is not None:
@@ -185,25 +190,6 @@ class DPOTrainer(Trainer):
         nll = -plain[:, 0] * window.records / window.chosen_tokens
         shift = float(self.rewards[0] / self.rewards[1].clamp(min=1))
         return Pairs(*sums.unbind(1), *reference, *tokens, nll=nll, shift=shift)
-
-    def _figures(self, pairs: Pairs) -> dict[str, Tensor]:
-        pairs = Pairs(*(x.detach() if isinstance(x, Tensor) else x for x in pairs))
-        chosen, rejected = (
-            self.args.beta * x for x in ((pairs.w, pairs.l) if self.args.needs_reference else pairs.per_token())
-        )
-        if torch.is_grad_enabled() and self.any_is("centred"):
-            # stays on the device until the step is over: a micro-step waits for nothing
-            self.step_rewards = self.step_rewards + torch.stack(
-                [(chosen + rejected).double().sum(), chosen.new_full((), 2.0 * len(chosen), dtype=torch.float64)]
-            )
-        return {
-            "rewards/chosen": chosen.mean(),
-            "rewards/rejected": rejected.mean(),
-            "rewards/accuracies": (chosen > rejected).float().mean(),
-            "rewards/margins": (chosen - rejected).mean(),
-            "logps/chosen": pairs.chosen.mean(),
-            "logps/rejected": pairs.rejected.mean(),
-        }
 
     def after_step(self) -> None:
         if self.any_is("centred"):

@@ -6,7 +6,6 @@ baseline. A variant is one row of the table in ``losses/policy.py``.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.kernels.policy import LEVELS
 from rlhf_fast.losses.policy import LOSS_TYPES, Options, check, group_policy_loss
 
-from .config import RLConfig, one_of
+from .config import RLConfig, at_least, one_of
+from .figures import group_policy_figures
 from .groups import ALIKE, BASELINES, SCALES, group_deviations, group_metrics, relative_advantages
 from .importance import distance
 from .lagrangian import CostConfig
@@ -71,10 +71,8 @@ class GRPOConfig(CostConfig, RLConfig):
             raise UserError(
                 "loss_type vespo weighs whole responses itself: set vllm_importance_sampling_correction: false"
             )
-        if self.num_iterations < 1:
-            raise UserError(f"num_iterations is {self.num_iterations}; it must be at least 1")
-        if self.dynamic_sampling_rounds < 0:
-            raise UserError(f"dynamic_sampling_rounds is {self.dynamic_sampling_rounds}; it must be at least 0")
+        at_least(self, 1, "num_iterations")
+        at_least(self, 0, "dynamic_sampling_rounds")
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.num_generations < 2 or batch % self.num_generations:
             raise UserError(
@@ -103,8 +101,7 @@ class GRPOTrainer(RLTrainer):
 
     def add_roles(self) -> None:
         if self.args.needs_reference:
-            self.policy.add_reference()
-            self.say(f"reference: {self.policy.reference}")
+            self.add_reference()
         self.add_costs()
 
     @property
@@ -149,10 +146,8 @@ class GRPOTrainer(RLTrainer):
             self.metrics.add(self.lagrangian.update([e.cost for e in experiences], self.step), 1.0)
         for _ in range(a.dynamic_sampling_rounds):
             experiences = self._replace_alike(experiences)
-        roles = {"old_logprobs": "policy", "ref_logprobs": "reference"}
         with self.timed("logprobs"):
-            passes = {n: functools.partial(self.logprobs, role=role) for n, role in roles.items() if n in entries}
-            self.annotate(experiences, **passes)
+            self.annotate(experiences, *(name for name in entries if name != "advantages"))
         for experience, advantage in zip(experiences, self._advantages(experiences)):
             experience.advantages = torch.full((len(experience.example),), advantage, device=self.policy.device)
         if "old_logprobs" in entries:
@@ -226,14 +221,7 @@ class GRPOTrainer(RLTrainer):
             cu_seqlens=batch.cu_seqlens,
         )
         tokens = sum(map(self.size, records))
-        figures = {
-            "entropy": (entropy * mask).sum() / max(tokens, 1),
-            "clip_ratio/low_mean": metrics["clip_low"],
-            "clip_ratio/high_mean": metrics["clip_high"],
-            "clip_ratio/region_mean": metrics["clip_region"],
-        }
-        if "kl" in metrics:
-            figures["kl"] = metrics["kl"]
+        figures = group_policy_figures(metrics) | {"entropy": (entropy * mask).sum() / max(tokens, 1)}
         rollout = packed(records, "rollout_logprobs", batch)
         if old_logprobs is None and rollout is not None:  # these are the policy's own of when it sampled
             figures |= distance(logprobs, rollout, mask)

@@ -11,6 +11,7 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from rlhf_fast.data.batch import Experience
 
+logger = logging.getLogger(__name__)
 # name -> (one ratio for the whole response, a ratio beyond the bounds drops what it weighs)
 MODES = {
     "token_truncate": (False, False),
@@ -67,6 +69,17 @@ def distance_of(experiences: Sequence[Experience]) -> tuple[dict[str, Tensor], i
     old, rollout = (torch.cat([getattr(e, name) for e in experiences]) for name in ("old_logprobs", "rollout_logprobs"))
     mask, count = _response_tokens(experiences, old.device)
     return (distance(old, rollout, mask), count) if count else ({}, 0)
+
+
+def alarm(figures: dict[str, float], most: float, step: int, engine: str) -> None:
+    """Warn where a log line's :func:`distance` is above ``most`` nats per token."""
+    gap = figures.get("sampling/sampling_logp_difference/mean", 0.0)
+    if gap > most:
+        logger.warning(
+            "step %d: the log-probabilities of what %s sampled differ from the policy's by %.3g nats per token (alarm at "
+            "vllm_logprob_tolerance, %g): it samples from another policy than the one that is trained",
+            *(step, engine, gap, most),
+        )
 
 
 def weigh(

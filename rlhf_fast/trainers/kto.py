@@ -10,10 +10,9 @@ from torch import Tensor
 
 from rlhf_fast.data.batch import Example, Labelled
 from rlhf_fast.data.prepare import Report, prepare_labelled
-from rlhf_fast.errors import UserError
 from rlhf_fast.losses.preference import UNPAIRED
 
-from .config import TrainerConfig, one_of
+from .config import TrainerConfig, above, at_least, one_of
 from .reference import precomputed, response_logprobs
 from .trainer import Trainer, Window
 
@@ -32,11 +31,8 @@ class KTOConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("loss_type", self.loss_type, UNPAIRED)
-        if self.beta <= 0:
-            raise UserError(f"beta is {self.beta}; it must be above 0")
-        for name in ("desirable_weight", "undesirable_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        above(self, 0, "beta")
+        at_least(self, 0, "desirable_weight", "undesirable_weight")
 
     @property
     def needs_reference(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,9 +22,10 @@ from rlhf_fast.rewards import resolve_all
 from rlhf_fast.rewards.model import attach_reward_models
 from rlhf_fast.rollout import Engine
 
-from .config import RLConfig, one_of
+from .config import RLConfig, above, at_least, one_of
+from .figures import clipped_policy_figures, explained_variance, shaped_rewards_figures
 from .rl import RLTrainer
-from .scores import Scores, kl_factor, punish_overlong, whiten_over_ranks
+from .scores import Scores, kl_factor, leave_out_unscored, punish_overlong, punish_unfinished, whiten_over_ranks
 from .trainer import Window
 
 
@@ -57,12 +57,8 @@ class PPOConfig(RLConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("kl_estimator", self.kl_estimator, ESTIMATORS)
-        for name in ("num_ppo_epochs", "num_mini_batches", "kl_horizon"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("kl_target", "target_kl", "reward_clip"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, or unset")
+        at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "kl_horizon")
+        above(self, 0, "kl_target", "target_kl", "reward_clip")
         if self.kl_target is not None and self.kl_coef <= 0:
             raise UserError(f"kl_target adapts kl_coef, which is {self.kl_coef}; start from one above 0")
 
@@ -99,8 +95,7 @@ class PPOTrainer(RLTrainer):
             raise UserError("PPO needs a reward: --reward_model_path RUN of a trained reward model, or --reward_funcs")
 
     def add_roles(self) -> None:
-        self.policy.add_reference()
-        self.say(f"reference: {self.policy.reference}")
+        self.add_reference()
         for role in self.critics:
             self.policy.add_role(role, trainable=True, head=True)
         models = attach_reward_models(
@@ -144,21 +139,11 @@ class PPOTrainer(RLTrainer):
         experiences, metrics = self.respond(prompts, n=1)
         self.scores.settle(experiences)
         punish_overlong(experiences, a.max_completion_length, a.soft_overlong_cache)
-        for e in experiences:
-            if math.isnan(e.reward):  # nobody could score it: it teaches nothing
-                e.reward, e.example.response_mask = 0.0, [False] * len(e.example)
-            elif a.missing_eos_penalty is not None and not e.finished:
-                e.reward -= a.missing_eos_penalty
+        punish_unfinished(experiences, a.missing_eos_penalty)
+        leave_out_unscored(experiences)
+        critics = {values: functools.partial(self.policy.values, role=r) for r, (values, _) in self.critics.items()}
         with self.timed("logprobs"):
-            self.annotate(
-                experiences,
-                old_logprobs=lambda b: self.logprobs(b, "policy"),
-                ref_logprobs=lambda b: self.logprobs(b, "reference"),
-                **{
-                    values: functools.partial(self.policy.values, role=role)
-                    for role, (values, _) in self.critics.items()
-                },
-            )
+            self.annotate(experiences, "old_logprobs", "ref_logprobs", **critics)
         self.metrics.add(metrics, len(experiences))
         self._estimate_advantages(experiences)
         self.compare(experiences)
@@ -177,14 +162,9 @@ class PPOTrainer(RLTrainer):
         unpack(experiences, "returns", returns, batch)
         count = sum(self.size(e) > 0 for e in experiences)  # those that were scored
         if count:
-            figures = {
-                "objective/scores": scores.sum() / count,
-                "objective/kl": kl.sum() / count,
-                "objective/non_score_reward": (rewards.sum() - scores.sum()) / count,
-                "objective/rlhf_reward": rewards.sum() / count,
-                "objective/kl_coef": self.kl_coef,
-                "val/explained_variance": explained_variance(values[batch.response_rows], returns[batch.response_rows]),
-            }
+            figures = shaped_rewards_figures(scores, rewards, kl, count) | {"objective/kl_coef": self.kl_coef}
+            rows = batch.response_rows
+            figures["val/explained_variance"] = explained_variance(values[rows], returns[rows])
             self.metrics.add(figures, count)
         if a.kl_target is not None:
             kl_of_all, count_of_all = self.ranks.sum(float(kl.sum()), count)
@@ -232,15 +212,8 @@ class PPOTrainer(RLTrainer):
                 denominator=window.tokens,
                 cu_seqlens=batch.cu_seqlens,
             )
-            figures = {
-                "objective/entropy": entropy.detach().sum() / max(tokens, 1),
-                "policy/approxkl_avg": metrics["approx_kl"],
-                "policy/clipfrac_avg": metrics["clip_region"],
-                "val/ratio": metrics["ratio_mean"],
-                "loss/policy_avg": loss.detach() * whole,
-            }
-            if a.beta:
-                figures["kl"] = metrics["kl"]
+            figures = clipped_policy_figures(metrics) | {"loss/policy_avg": loss.detach() * whole}
+            figures["objective/entropy"] = entropy.detach().sum() / max(tokens, 1)
             self._moved = self._moved + metrics["approx_kl"] * tokens / window.tokens
             yield loss, figures, tokens
         for role, (values, returns) in self.critics.items():
@@ -269,8 +242,3 @@ class PPOTrainer(RLTrainer):
         super().load_extra_state(state)
         self.kl_coef = state["kl_coef"]
         self.scores.load_state(state["scores"])
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """The share of the returns' variance that a critic's values account for; 1 is all of it."""
-    return 1 - (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)

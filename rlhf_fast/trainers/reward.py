@@ -19,7 +19,7 @@ from rlhf_fast.kernels import pairwise_reward_loss, ranked_reward_loss
 from rlhf_fast.rewards.calibration import calibration
 from rlhf_fast.rewards.model import KINDS
 
-from .config import TrainerConfig, one_of
+from .config import TrainerConfig, at_least, one_of
 from .trainer import Trainer, Window
 
 
@@ -35,8 +35,7 @@ class RewardConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("kind", self.kind, KINDS)
-        if self.num_heads < 1:
-            raise UserError(f"num_heads is {self.num_heads}; it must be at least 1")
+        at_least(self, 1, "num_heads")
 
 
 class RewardTrainer(Trainer):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +13,18 @@ from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import Report, prepare_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import Policy
-from rlhf_fast.models.policy import in_eval_mode
-from rlhf_fast.rewards import evaluate_policy, resolve_all
-from rlhf_fast.rewards.experience import ScoredRollouts, annotate, restore_experience
+from rlhf_fast.rewards import resolve_all
+from rlhf_fast.rewards.experience import ScoredRollouts, annotate, blank_experience, restore_experience
 from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
 from rlhf_fast.run.metrics import MetricsLog
 
 from .config import RLConfig
 from .engines import WeightSync, build_engine, shared_engine
+from .evaluation import answers
 from .guard import Guard
-from .importance import distance_of, weigh
+from .importance import alarm, distance_of, weigh
 from .lagrangian import Lagrangian, cost_functions
-from .scores import kl_of
 from .trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 class RLTrainer(Trainer):
@@ -88,6 +85,11 @@ class RLTrainer(Trainer):
     def own_callbacks(self) -> list[Any]:
         return [] if self.args.guard == "off" else [Guard(self.args.guard, self.args.guard_limits)]
 
+    def add_reference(self) -> None:
+        """Hold a reference beside the policy, and say which."""
+        self.policy.add_reference()
+        self.say(f"reference: {self.policy.reference}")
+
     def add_costs(self) -> None:
         """Have responses' costs scored, and their mean limited, if the config names costs."""
         if self.args.has_costs:
@@ -142,14 +144,8 @@ class RLTrainer(Trainer):
         lengths = [sizes["length"]] * whole + [rest] * (rest > len(prompt))
         # real prompts differ: rows that these shared would not be tried
         vocabulary = self.policy.model.get_input_embeddings().num_embeddings
-        return [self._blank([(prompt[0] + i) % vocabulary, *prompt[1:]], length) for i, length in enumerate(lengths)]
-
-    def _blank(self, prompt: Sequence[int], length: int) -> Experience:
-        """A record of ``length`` tokens that teaches nothing."""
-        new = length - len(prompt)
-        example = Example([*prompt, *prompt[-1:] * new], [False] * len(prompt) + [True] * new)
-        entries = {name: torch.zeros(length, device=self.policy.device) for name in self.entries}
-        return Experience(example, reward=0.0, **entries)
+        prompts = [[(prompt[0] + i) % vocabulary, *prompt[1:]] for i in range(len(lengths))]
+        return [blank_experience(p, n, self.entries, self.policy.device) for p, n in zip(prompts, lengths)]
 
     @property
     def entries(self) -> list[str]:
@@ -195,17 +191,18 @@ class RLTrainer(Trainer):
         return experiences, {**metrics, **agreement}
 
     def after_log(self, figures: dict[str, float]) -> None:
-        gap, most = figures.get("sampling/sampling_logp_difference/mean", 0.0), self.args.vllm_logprob_tolerance
-        if gap > most:
-            logger.warning(
-                "step %d: the log-probabilities of what %s sampled differ from the policy's by %.3g nats per token (alarm at "
-                "vllm_logprob_tolerance, %g): it samples from another policy than the one that is trained",
-                *(self.step, type(self.engine).__name__, gap, most),
-            )
+        alarm(figures, self.args.vllm_logprob_tolerance, self.step, type(self.engine).__name__)
 
-    def annotate(self, experiences: list[Experience], **passes: Callable[[TokenBatch], Tensor]) -> None:
-        """Fill per-token entries by name, each with what its pass returns, in the micro-batches that fit in memory."""
-        annotate(self.micro_batches(experiences), passes, self.pack)
+    def annotate(self, experiences: list[Experience], *names: str, **passes: Callable[[TokenBatch], Tensor]) -> None:
+        """Fill per-token entries in the micro-batches that fit in memory.
+
+        Args:
+            names: ``old_logprobs``, ``ref_logprobs``, or both.
+            passes: further entries by name, each with what its pass returns.
+        """
+        roles = {"old_logprobs": "policy", "ref_logprobs": "reference"}
+        logprobs = {name: functools.partial(self.logprobs, role=roles[name]) for name in names}
+        annotate(self.micro_batches(experiences), {**logprobs, **passes}, self.pack)
 
     def logprobs(self, batch: TokenBatch, role: str) -> Tensor:
         """(N,) log-probabilities under ``role``, at the sampling temperature."""
@@ -214,39 +211,7 @@ class RLTrainer(Trainer):
     def assess(self) -> dict[str, float]:
         """Greedy answers to held-out prompts, scored by the reward functions, and the KL where there is a reference."""
         with self.whole():
-            return self._answer_held_out()
-
-    def _answer_held_out(self) -> dict[str, float]:
-        a = self.args
-        prompts = self.eval_records[: a.num_eval_prompts]
-        limits = {"max_new_tokens": a.max_completion_length, "max_tokens": self.rollout_tokens}
-        limits["slots"] = self.rollout_batch_size or a.rollout_batch_size
-        weights = {"reward_weights": a.reward_weights}
-        evaluation = evaluate_policy(self.policy, prompts, self.rollouts.functions, **weights, **limits)
-        self.completions = evaluation.samples
-        figures = {name: value for name, value in evaluation.items() if isinstance(value, float)}
-        self.judged = self.rollouts.others(prompts, evaluation.completion_ids)
-        figures |= {name: float(values.nanmean()) for name, values in self.judged.items()}
-        self.judged["reward"] = evaluation.totals
-        if self.policy.has_reference:
-            sampled = evaluate_policy(self.policy, prompts, [], temperature=a.temperature, seed=a.seed, **limits)
-            figures["kl"] = self.kl_to_reference(prompts, sampled.completion_ids)
-        return figures
-
-    @torch.no_grad()
-    def kl_to_reference(self, prompts: Sequence[Prompt], responses: list[list[int]]) -> float:
-        """Mean KL(policy || reference) of a response, in nats, estimated (k1) on the policy's own samples."""
-        experiences = [
-            Experience(Example([*p.input_ids, *r], [False] * len(p.input_ids) + [True] * len(r)), reward=0.0)
-            for p, r in zip(prompts, responses)
-        ]
-        with in_eval_mode(self.policy):
-            self.annotate(
-                experiences,
-                old_logprobs=lambda b: self.logprobs(b, "policy"),
-                ref_logprobs=lambda b: self.logprobs(b, "reference"),
-            )
-        return sum(map(kl_of, experiences)) / len(experiences)
+            return answers(self)
 
     def after_evaluation(self, log: MetricsLog) -> None:
         log.completions(self.step, self.completions, shown=self.args.num_completions_to_print)

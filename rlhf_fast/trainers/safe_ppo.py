@@ -16,8 +16,9 @@ from torch import Tensor
 from rlhf_fast.data.batch import Experience, TokenBatch, packed, unpack
 from rlhf_fast.errors import UserError
 
+from .figures import explained_variance
 from .lagrangian import CostConfig
-from .ppo import PPOConfig, PPOTrainer, explained_variance
+from .ppo import PPOConfig, PPOTrainer
 
 
 @dataclass(kw_only=True)

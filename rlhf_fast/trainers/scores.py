@@ -23,6 +23,20 @@ def punish_overlong(experiences: Sequence[Experience], limit: int, cache: int) -
             e.reward -= min(over / cache, 1.0)
 
 
+def punish_unfinished(experiences: Sequence[Experience], penalty: float | None) -> None:
+    """Take ``penalty`` from the reward of each response that never ended."""
+    for e in experiences:
+        if penalty is not None and not e.finished:
+            e.reward -= penalty
+
+
+def leave_out_unscored(experiences: Sequence[Experience]) -> None:
+    """No token of a response counts that nobody could score: it teaches nothing."""
+    for e in experiences:
+        if math.isnan(e.reward):
+            e.reward, e.example.response_mask = 0.0, [False] * len(e.example)
+
+
 def kl_of(experience: Experience) -> float:
     """KL(policy || reference) of a response in nats, estimated (k1) from its own tokens."""
     return float((experience.old_logprobs - experience.ref_logprobs).sum())

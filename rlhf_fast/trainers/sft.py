@@ -12,10 +12,9 @@ from torch import Tensor
 from rlhf_fast.data.batch import Example, TokenBatch
 from rlhf_fast.data.packing import pack_bins
 from rlhf_fast.data.prepare import Report, prepare_sft
-from rlhf_fast.errors import UserError
 from rlhf_fast.models.noise import embedding_noise
 
-from .config import TrainerConfig, one_of
+from .config import TrainerConfig, above, one_of
 from .trainer import Trainer, Window
 
 
@@ -33,8 +32,7 @@ class SFTConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("loss_type", self.loss_type, ("nll", "dft"))
-        if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
-            raise UserError(f"neftune_noise_alpha is {self.neftune_noise_alpha}; it must be above 0, or unset")
+        above(self, 0, "neftune_noise_alpha")
 
 
 class SFTTrainer(Trainer):
