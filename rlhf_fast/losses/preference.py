@@ -197,6 +197,25 @@ def length_discount(mask: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
     return torch.where(place <= shared, 1.0, alpha)
 
 
+def on_policy_weights(logprobs: Tensor, sharpened: Tensor, tokens: Tensor) -> Tensor:
+    r"""How likely the policy itself is to write both responses of each pair (WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2).
+
+    .. math:: w = \prod_{y \in \{y_w, y_l\}} \exp \frac{1}{|y|} \sum_t \log
+        \frac{\pi(y_t)}{\sum_v \pi(v)^2}
+
+    Over what a token's probability is on average (the "sampled alignment"), so that what the policy samples weighs about 1.
+    With :math:`\pi_{1/2} \propto \pi^2`, the policy at half the temperature, that fraction is :math:`\pi_{1/2}(y_t) / \pi(y_t)`:
+    no sum over the vocabulary is needed that a log-probability does not have.
+
+    Args:
+        logprobs, sharpened: of whole responses under the policy, and under it at half the temperature. (B, 2) float.
+        tokens: lengths of the responses. (B, 2)
+    Returns:
+        (B,) float, without a gradient.
+    """
+    return ((sharpened - logprobs.detach()) / tokens).sum(1).exp()
+
+
 class Row(NamedTuple):
     """One loss of pairs."""
 

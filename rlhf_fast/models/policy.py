@@ -202,6 +202,7 @@ class Policy(nn.Module):
         role: str | None = None,
         temperature: float = 1.0,
         entropy: bool | str = False,
+        sharpened: bool = False,
         greedy_hits: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """Log-probability of every response token given what precedes it.
@@ -211,11 +212,13 @@ class Policy(nn.Module):
             role: whose probabilities; the policy's own by default.
             temperature: of the softmax.
             entropy: also return the entropy of each prediction; "detached" when no gradient through it is needed.
+            sharpened: also return the log-probabilities at half the temperature, of the squared probabilities made to sum to 1,
+                without a gradient. Costs one more product with the head.
             greedy_hits: also return, last, how many response tokens are the most likely ones, a device scalar. Costs one
                 more product with the head, without a gradient.
 
         Returns:
-            (N,) float32, 0 outside the responses; with ``entropy``, a pair of such.
+            (N,) float32, 0 outside the responses; with ``entropy`` or ``sharpened``, a tuple of such.
         """
         role = role or self.role
         hidden, weight, options = self._head_inputs(batch, role)
@@ -223,6 +226,10 @@ class Policy(nn.Module):
         with self._precision():
             flat = linear_logprobs(hidden, weight, labels, temperature=temperature, entropy=entropy, **options)
         results = [self._spread(x, batch) for x in (flat if entropy else (flat,))]
+        if sharpened:
+            with torch.no_grad(), self._precision():
+                flat = linear_logprobs(hidden, weight, labels, temperature=temperature / 2, **options)
+            results.append(self._spread(flat, batch))
         if greedy_hits:
             results.append(_greedy_hits(hidden, weight, labels, **options))
         return tuple(results) if len(results) > 1 else results[0]

@@ -14,7 +14,7 @@ from rlhf_fast.data.batch import Example, Preference, TokenBatch
 from rlhf_fast.data.prepare import Report, prepare_preferences
 from rlhf_fast.data.sources import BadRow
 from rlhf_fast.errors import UserError
-from rlhf_fast.losses.preference import PAIRED, Coefficients, Pairs, Row, check, length_discount
+from rlhf_fast.losses.preference import PAIRED, Coefficients, Pairs, Row, check, length_discount, on_policy_weights
 
 from .config import TrainerConfig, one_of
 from .figures import implicit_rewards, preference_figures
@@ -30,6 +30,7 @@ class DPOConfig(TrainerConfig):
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # of losses/preference.py; several are summed
     loss_weights: list[float] | None = None  # one per loss_type; None weighs them all 1
     ld_alpha: float | None = None  # weight of tokens beyond the shorter response's length, 0 to 1 (LD-DPO); none: 1
+    use_weighting: bool = False  # pairs weigh as much as the policy itself would write them (WPO, arXiv:2406.11827)
     label_smoothing: float = 0.0  # assumed share of swapped labels
     f_divergence_type: str = "reverse_kl"  # to the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence
     f_alpha_divergence_coef: float = 0.5  # alpha of alpha_divergence; 1 is the reverse KL
@@ -60,6 +61,9 @@ class DPOConfig(TrainerConfig):
             for kind in self.loss_type:
                 if not self.needs_reference or not (PAIRED[kind].reference or kind == "sft"):
                     raise UserError(f"ld_alpha weighs the log-ratios to a reference; loss_type {kind} has none")
+        for kind in self.loss_type if self.use_weighting else ():
+            if PAIRED[kind].coupled or kind == "sft":
+                raise UserError(f"use_weighting weighs comparisons of a pair, and loss_type {kind} is none")
         if self.precompute_ref_log_probs and not self.needs_reference:
             raise UserError(f"precompute_ref_log_probs: loss_type {', '.join(self.loss_type)} needs no reference")
 
@@ -158,12 +162,17 @@ class DPOTrainer(Trainer):
 
     def losses(self, records: list[Preference], window: Window) -> Iterator[tuple[Tensor, dict, float]]:
         batch = self.pack([e for r in records for e in r.responses])
-        logprobs = self.model(batch)
-        sums, plain = (
-            self.response_sums(logprobs, batch).view(-1, 2),
-            super().response_sums(logprobs, batch).view(-1, 2),
-        )
+        weighs = self.args.use_weighting
+        passes = self.model(batch, sharpened=weighs)
+        logprobs = passes[0] if weighs else passes
+        sums = self.response_sums(logprobs, batch).view(-1, 2)
+        plain = super().response_sums(logprobs, batch).view(-1, 2)
         pairs, weights = self._pairs(sums, plain, records, window), sums.new_tensor([r.weight for r in records])
+        if weighs:
+            sharpened = super().response_sums(passes[1], batch).view(-1, 2)
+            weights = weights * on_policy_weights(
+                plain, sharpened, torch.stack([pairs.chosen_tokens, pairs.rejected_tokens], 1)
+            )
         total = sums.new_zeros(())
         for row, weight in self.terms:
             if not row.coupled:

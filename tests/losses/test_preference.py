@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.losses.preference import DIVERGENCES, PAIRED, UNPAIRED, Coefficients, Pairs, check, length_discount
+from rlhf_fast.losses.preference import (
+    DIVERGENCES,
+    PAIRED,
+    UNPAIRED,
+    Coefficients,
+    Pairs,
+    check,
+    length_discount,
+    on_policy_weights,
+)
 
 # log-probabilities, reference's, lengths; uneven so that sums differ from means and orders from one another
 CHOSEN, REJECTED = [-6.0, -9.0, -2.5, -30.0], [-7.0, -4.0, -2.0, -50.0]
@@ -223,3 +232,20 @@ def test_tokens_beyond_the_shorter_response_are_discounted():
     mask = torch.tensor([0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
     ends = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32)
     assert length_discount(mask, ends, 0.25)[mask].tolist() == [1, 1, 0.25, 0.25, 1, 1, 1, 1]
+
+
+def test_a_pair_weighs_what_its_tokens_are_to_the_average_one():
+    """WPO in plain floats, eq. 2 as it is written: the geometric means of p(token) / sum of p^2, of both responses."""
+    chosen, rejected = [(0.5, 0.25, 0.25), (0.7, 0.2, 0.1)], [(0.1, 0.6, 0.3)]  # distributions; each token is the first
+
+    def sums(power):
+        return [sum(math.log(p[0] ** power / sum(x**power for x in p)) for p in r) for r in (chosen, rejected)]
+
+    want = 1.0
+    for response in (chosen, rejected):
+        ratios = [p[0] / sum(x * x for x in p) for p in response]
+        want *= math.prod(ratios) ** (1 / len(ratios))
+    logprobs = torch.tensor([sums(1)], dtype=torch.float64, requires_grad=True)
+    weights = on_policy_weights(logprobs, torch.tensor([sums(2)], dtype=torch.float64), torch.tensor([[2.0, 1.0]]))
+    assert weights.tolist() == pytest.approx([want], rel=1e-12)
+    assert not weights.requires_grad

@@ -181,9 +181,44 @@ def test_the_discount_of_the_longer_response_reaches_every_pass(trainer, make_mo
     )
 
 
+def test_pairs_weigh_what_the_policy_itself_would_write(trainer, model, plain, ids, sgd, run):
+    """The first gradient of WPO beside plain PyTorch's, where nothing is saved by half the temperature: for each token
+    p / sum of p^2 over the vocabulary. A discount of the longer response changes sums, and no weight.
+    """
+    twin = copy.deepcopy(model)
+
+    def squares(row, which):
+        prompt, response = ids(row["prompt"]), ids(row[which], end=True)
+        logits = twin(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        return logits.softmax(-1).square().sum(-1).log()
+
+    def response(row, which):
+        return plain(twin, ids(row["prompt"]), ids(row[which], end=True))
+
+    loss, weights = 0.0, []
+    for row in ROWS:
+        pair = {which: response(row, which) for which in ("chosen", "rejected")}
+        shorter = min(map(len, pair.values()))
+        w, l = (x[:shorter].sum() + 0.5 * x[shorter:].sum() for x in pair.values())
+        weights.append(math.exp(sum((x - squares(row, which)).mean().item() for which, x in pair.items())))
+        loss = loss - weights[-1] * logsigmoid(B * ((w - w.detach()) - (l - l.detach()))) / len(ROWS)
+    assert max(weights) > 2 * min(weights)
+    grads = torch.autograd.grad(loss, list(twin.parameters()))
+    result = run(trainer(model, use_weighting=True, ld_alpha=0.5))
+    assert result.losses[0] == pytest.approx(float(loss), abs=2e-5)
+    for (name, parameter), grad in zip(twin.named_parameters(), grads):
+        want = parameter - 0.05 * grad
+        torch.testing.assert_close(result.weights[f"model.{name}"], want, atol=2e-5, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"use_weighting": True, "loss_type": ["sigmoid", "aot"]},
+            "weighs comparisons of a pair, and loss_type aot is",
+        ),
+        ({"use_weighting": True, "loss_type": ["sft"]}, "loss_type sft is none"),
         ({"ld_alpha": 1.5}, "ld_alpha is 1.5; it is a weight from 0 to 1"),
         ({"ld_alpha": 0.5, "loss_type": ["sigmoid", "cpo"]}, "loss_type cpo has none"),
         ({"ld_alpha": 0.5, "loss_type": ["sft"]}, "loss_type sft has none"),

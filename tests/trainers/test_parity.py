@@ -153,6 +153,13 @@ def test_dpo_of_several_losses_with_weights(kinds, weights, ours, theirs):
     same(ours("DPO", PAIRS, **settings), theirs("DPO", PAIRS, **settings))
 
 
+@pytest.mark.parametrize("kinds", [["sigmoid"], ["ipo", "apo_zero"]], ids="-".join)
+def test_dpo_with_pairs_weighed_by_the_policy(kinds, ours, theirs):
+    """WPO."""
+    settings = {"learning_rate": 0.02, "beta": 0.3, "loss_type": kinds, "use_weighting": True}
+    same(ours("DPO", PAIRS, **settings), theirs("DPO", PAIRS, **settings))
+
+
 @pytest.mark.parametrize("kinds", [["sigmoid"], ["ipo", "sft"]], ids="-".join)
 def test_dpo_with_a_discount_on_the_longer_response(kinds, ours, theirs):
     """LD-DPO; the likelihood beside it is of the whole response."""
