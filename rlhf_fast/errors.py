@@ -8,4 +8,4 @@ class UserError(ValueError):
 
 
 class RolloutError(UserError):
-    """Rollout servers that gave no answer after all retries. Training can go on where it was once they do."""
+    """Rollout servers, or a reward function in this process, that gave no answer. Training can go on where it was once they do."""

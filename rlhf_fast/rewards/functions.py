@@ -24,10 +24,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import RolloutError, UserError
+from rlhf_fast.rewards import deadline
 from rlhf_fast.rewards.code import Code
 from rlhf_fast.rewards.faults import Fault
-from rlhf_fast.rewards.isolated import isolate
+from rlhf_fast.rewards.isolated import Isolated, isolate
 from rlhf_fast.rewards.judge import Judge
 from rlhf_fast.rewards.math_answers import Math
 from rlhf_fast.rewards.model import RewardModel
@@ -210,17 +211,20 @@ def score(
 ) -> RewardTable:
     """Score B samples with every function. Async functions run concurrently, after the others.
 
-    Never raises for what a function does: an exception or a list of the wrong length masks all its scores of this call; NaN,
-    infinity, a ``Fault`` or something else that is no number masks that sample. Each is counted and described.
+    Hardly ever raises for what a function does: an exception or a list of the wrong length masks all its scores of this call;
+    NaN, infinity, a ``Fault`` or something else that is no number masks that sample. Each is counted and described.
 
     Args:
         prompts: B strings or message lists.
         completions: B strings or message lists, as the prompts.
         completion_ids: B lists of token ids, as sampled.
         columns: name -> B values.
+    Raises:
+        RolloutError: a function of the user's that runs in this process passed its deadline, see :mod:`.deadline`.
+        KeyboardInterrupt: a function raised it, or Ctrl-C did while it ran.
     """
     given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **(columns or {})}
-    outcomes = _call_all(functions, given)
+    outcomes = _call_all(functions, names, given)
     size = len(prompts)
     table = RewardTable(
         list(names), torch.full((size, len(names)), torch.nan), torch.zeros(size, len(names), dtype=torch.bool)
@@ -237,19 +241,37 @@ def score(
     return table
 
 
-def _call_all(functions: Sequence[RewardFunction], given: Mapping[str, Sequence[Any]]) -> list[Any]:
+def _call_all(functions: Sequence[RewardFunction], names: Sequence[str], given: Mapping[str, Any]) -> list[Any]:
     """What each function returned, or the exception it raised."""
-    outcomes: list[Any] = []
-    for function in functions:
-        try:
-            outcomes.append(function(**_accepted(function, given)))
-        except Exception as error:  # noqa: BLE001 (whatever a user's function does must not end the run)
-            outcomes.append(error)
-    waiting = {i: outcome for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)}
+    outcomes = [_outcome(function, name, given) for function, name in zip(functions, names)]
+    waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
     if waiting:
-        for i, outcome in zip(waiting, _run_together(list(waiting.values()))):
+        limits = [_timeout(functions[i]) for i in waiting]
+        who = "', '".join(names[i] for i in waiting)
+        results = deadline.call(
+            lambda: _run_together([outcomes[i] for i in waiting], limits), who, max(limits) + deadline.COMES_OUT
+        )
+        for i, outcome in zip(waiting, results):
             outcomes[i] = outcome
     return outcomes
+
+
+def _outcome(function: RewardFunction, name: str, given: Mapping[str, Any]) -> Any:
+    """What one function returned (of an async one, its awaitable), or the exception it raised."""
+    try:
+        arguments = _accepted(function, given)
+        if isinstance(function, (Isolated, *BUILT_IN.values())):  # with deadlines of their own, where they need any
+            return function(**arguments)
+        return deadline.call(lambda: function(**arguments), name, _timeout(function))
+    except (KeyboardInterrupt, RolloutError):
+        raise
+    except BaseException as error:  # noqa: BLE001 (whatever a user's function does, sys.exit() too, must not end the run)
+        return error
+
+
+def _timeout(function: RewardFunction) -> float:
+    """Seconds that a call in this process may take."""
+    return float(getattr(function, "timeout", deadline.TIMEOUT))
 
 
 def _accepted(function: RewardFunction, given: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -287,19 +309,27 @@ def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | N
         return None
 
 
-def _run_together(waiting: list[Awaitable[Any]]) -> list[Any]:
+def _run_together(waiting: Sequence[Awaitable[Any]], limits: Sequence[float]) -> list[Any]:
     """Results or exceptions of awaitables run concurrently, also when an event loop already runs (a notebook)."""
 
     async def gather() -> list[Any]:
-        async def one(awaitable: Awaitable[Any]) -> Any:
-            return await awaitable
+        async def one(awaitable: Awaitable[Any], seconds: float) -> Any:
+            try:
+                return await asyncio.wait_for(awaitable, seconds)
+            except asyncio.TimeoutError:
+                return WorkerFault(f"gave no answer in {seconds:g} s")
+            except SystemExit as stop:  # gather would let it end the loop
+                return stop
 
-        return await asyncio.gather(*map(one, waiting), return_exceptions=True)
+        return await asyncio.gather(*map(one, waiting, limits), return_exceptions=True)
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(gather())
+        results = asyncio.run(gather())
+        if late := [r for r in results if isinstance(r, deadline.Overdue)]:  # a task has caught it
+            raise late[0] from None
+        return results
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.extend(asyncio.run(gather())))
     thread.start()
@@ -309,6 +339,14 @@ def _run_together(waiting: list[Awaitable[Any]]) -> list[Any]:
 
 def _checked(outcome: Any, size: int) -> tuple[Tensor, dict[str, list[int]]]:
     """(B,) float32 scores, NaN where there is none, and problem -> the samples it concerns."""
+    try:
+        return _read(outcome, size)
+    except Exception as error:  # noqa: BLE001 (the objects are the user's, and so are their methods)
+        problem = f"gave what cannot be read ({type(error).__name__})"
+        return torch.full((size,), torch.nan), {problem: list(range(size))}
+
+
+def _read(outcome: Any, size: int) -> tuple[Tensor, dict[str, list[int]]]:
     values, everyone = torch.full((size,), torch.nan), list(range(size))
     if isinstance(outcome, WorkerFault):
         return values, {_short(str(outcome)): everyone}
@@ -339,7 +377,9 @@ def _number(value: Any) -> tuple[float, str | None]:
     if not isinstance(value, (int, float)):
         return torch.nan, f"returned {type(value).__name__} {_short(repr(value))} as a score"
     if not abs(value) <= torch.finfo(torch.float32).max:
-        return torch.nan, f"returned {_short(str(value))} as a score"
+        # Python writes no integers of more than 4300 digits
+        shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else str(value)
+        return torch.nan, f"returned {shown} as a score"
     return float(value), None
 
 

@@ -21,7 +21,8 @@ TIMEOUT = 300.0  # seconds for one call, unless the function has a `timeout`
 def isolate(spec: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, imported as ``spec``, in a process of its own; as it is where that cannot be or is not wanted.
 
-    A plain function is run so unless it says ``function.in_process = True``; ``function.timeout`` is its deadline in seconds.
+    A plain function is run so unless it says ``function.in_process = True``; ``function.timeout`` is its deadline in seconds, in
+    this process too (see :mod:`rlhf_fast.rewards.deadline`).
     """
     if not inspect.isfunction(function) or getattr(function, "in_process", False):
         return function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import importlib
 import inspect
 import json
@@ -13,10 +14,13 @@ import random
 import signal
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 
 def main() -> None:
+    with contextlib.suppress(OSError):  # when memory runs out, this process goes and not the run
+        Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints is no answer
     print("ready", file=answers, flush=True)
@@ -29,10 +33,17 @@ def main() -> None:
             if "given" in call:
                 _seed(zlib.crc32(call["given"].encode()))
                 answer = {"returned": _sent(_called(function, pickle.loads(base64.b64decode(call["given"]))))}
-        except Exception as error:  # noqa: BLE001 (whatever a user's function does)
-            answer = {"raised": f"{type(error).__name__}: {error}"[:500]}
+        except BaseException as error:  # noqa: BLE001 (whatever a user's function does, sys.exit() too)
+            answer = {"raised": _told(error)}
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:500]
+    except Exception:  # noqa: BLE001 (the class is the user's)
+        return type(error).__name__
 
 
 def _imported(spec: str) -> Any:

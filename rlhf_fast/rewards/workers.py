@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf_fast.rewards.faults import Fault
 
@@ -48,6 +50,7 @@ class Worker:
             bufsize=0,
             start_new_session=True,  # Ctrl-C is for the run, which finishes its step
         )
+        os.set_blocking(self._process.stdin.fileno(), False)  # a process that is stopped reads nothing
         self._read = b""
         try:
             if self._line(START_S) != b"ready":
@@ -65,21 +68,25 @@ class Worker:
             WorkerFault: none by then; close the worker.
             Stalled: and it has worked for less than half of that time.
         """
-        began = self._worked()
+        began, deadline = self._worked(), time.monotonic() + timeout
+        rest = memoryview(json.dumps([timeout, item]).encode() + b"\n")
         try:
-            rest = memoryview(json.dumps([timeout, item]).encode() + b"\n")
-            while rest:  # a signal may cut a write short
-                rest = rest[self._process.stdin.write(rest) :]
-        except OSError:
-            raise WorkerFault("died") from None
-        try:
+            while rest:  # a pipe takes what it has room for
+                self._await(self._process.stdin, select.POLLOUT, deadline, timeout)
+                rest = rest[self._process.stdin.write(rest) or 0 :]
             return json.loads(self._line(timeout))
         except TimeoutError as late:
             kind = Stalled if self._worked() - began < timeout / 2 else WorkerFault
             raise kind(str(late)) from None
+        except OSError:
+            raise WorkerFault("died") from None
+        except ValueError:  # something else wrote to where answers go
+            raise WorkerFault("gave an answer that cannot be read") from None
 
     def close(self) -> None:
-        """Kill the process."""
+        """Kill the process, and those that it has started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()
@@ -94,16 +101,21 @@ class Worker:
 
     def _line(self, timeout: float) -> bytes:
         deadline, stdout = time.monotonic() + timeout, self._process.stdout
-        poll = select.poll()
-        poll.register(stdout, select.POLLIN)
         while b"\n" not in self._read:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError(f"gave no answer in {timeout:g} s")
+            self._await(stdout, select.POLLIN, deadline, timeout)
             if not (data := os.read(stdout.fileno(), 65536)):
                 raise WorkerFault("died")
             self._read += data
         line, _, self._read = self._read.partition(b"\n")
         return line
+
+    @staticmethod
+    def _await(pipe: IO[bytes], event: int, deadline: float, timeout: float) -> None:
+        """Until ``pipe`` is ready for ``event``."""
+        poll = select.poll()
+        poll.register(pipe, event)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError(f"gave no answer in {timeout:g} s")
 
 
 class WorkerPool:

@@ -53,7 +53,9 @@ def run(trainer: Trainer, out: Path, resumed: int | None, record: Record) -> Non
             trainer.callbacks.call("on_step", trainer, logged)  # which may end the run
             record.step = trainer.step
             if evaluation_due(trainer) and not interrupted:  # who asked to stop will not wait for it
-                evaluate(trainer, log)
+                # one process of several may fail alone here, and the others would wait for it to save
+                with saved_if_rollouts_fail(trainer, out) if len(trainer.ranks) == 1 else contextlib.nullcontext():
+                    evaluate(trainer, log)
             is_best = trainer.best.step == trainer.step
             if trainer.finished or interrupted or trainer.step % a.save_steps == 0 or is_best:
                 with trainer.timed("save"):

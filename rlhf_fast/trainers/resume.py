@@ -13,6 +13,7 @@ import torch
 
 from rlhf_fast.errors import RolloutError, UserError
 from rlhf_fast.models.fingerprint import difference, digest
+from rlhf_fast.rewards.deadline import rescue
 from rlhf_fast.run.checkpoint import (
     checkpoint_path,
     find_checkpoint,
@@ -46,15 +47,22 @@ def save(trainer: Trainer, out: Path) -> Path:
 
 @contextlib.contextmanager
 def saved_if_rollouts_fail(trainer: Trainer, out: Path) -> Iterator[None]:
-    """Inside, a round begins; when the rollouts it needs cannot be had, where the run stood before is saved first."""
-    before = trainer.sampler.state(), trainer.rows_drawn
-    try:
-        yield
-    except RolloutError as error:
+    """When the rollouts or rewards cannot be had that what is inside needs, where the run stood before is saved first."""
+    before = trainer.sampler.state(), trainer.rows_drawn, trainer.metrics.state()
+
+    def saved() -> str:
         trainer.sampler.load_state(before[0])
         trainer.rows_drawn = before[1]
+        trainer.metrics.load_state(before[2])
         save(trainer, out)
-        raise RolloutError(f"{error} (saved at step {trainer.step}; continue with --resume)") from error
+        return f" (saved at step {trainer.step}; continue with --resume)"
+
+    try:
+        # a thread that saves could not ask the other processes
+        with rescue(saved) if len(trainer.ranks) == 1 else contextlib.nullcontext():
+            yield
+    except RolloutError as error:
+        raise RolloutError(f"{error}{saved()}") from error
 
 
 def load_best(trainer: Trainer, out: Path) -> str:

@@ -86,7 +86,7 @@ class Server:
             rows = "".join(json.dumps(row) + "\n" for row in settings["rows"])
             (folder / f"{kind}.jsonl").write_text(rows)
         self.models: dict[str, Path] = {}  # reward and cost models that other runs take
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULTS_FOLDER": str(folder)}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("forkserver.py"))],
             stdin=subprocess.PIPE,

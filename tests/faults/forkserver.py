@@ -106,7 +106,7 @@ class Moments:
         self.around(Accelerator, "backward", "micro", "backward")
         self.around(AcceleratedOptimizer, "step", "optimizer", "stepped")
         self.around(MetricsLog, "log", "log")
-        self.around(Trainer, "_evaluate", "evaluate", "evaluated")
+        self.around(loop, "evaluate", "evaluate", "evaluated")
 
 
 def note_what_is_consumed() -> None:

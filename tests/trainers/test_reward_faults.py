@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from rlhf_fast import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
-from rlhf_fast.rewards import resolve, score
+from rlhf_fast.errors import RolloutError
+from rlhf_fast.rewards import import_callable, resolve, score
 
 MODULE = """
-import os, random, sys, time
+import asyncio, ctypes, os, random, re, signal, subprocess, sys, time
 calls = 0
 
 def good(completions, **_):
@@ -32,6 +33,107 @@ hangs.timeout = 0.5
 
 def dies(completions, **_):
     os._exit(3)
+
+def never(completions, **_):
+    time.sleep(60)
+never.timeout = 0.5
+
+def backtracks(completions, **_):
+    return [float(bool(re.match("(a+)+$", "a" * 40 + "b"))) for _ in completions]
+backtracks.timeout = 0.5
+
+async def never_comes(completions, **_):
+    await asyncio.sleep(60)
+never_comes.timeout = 0.5
+
+async def blocks(completions, **_):
+    time.sleep(60)
+blocks.timeout = 0.5
+
+def holds_the_lock(completions, **_):
+    ctypes.PyDLL(None).sleep(60)
+holds_the_lock.timeout = 0.5
+
+def ignores_signals(completions, **_):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    hangs(completions)
+ignores_signals.timeout = 0.5
+
+def stops_itself(completions, **_):
+    os.kill(os.getpid(), signal.SIGSTOP)
+stops_itself.timeout = 0.5
+
+def leaves_a_child(completions, **_):
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(0)
+leaves_a_child.timeout = 0.5
+
+def exits(completions, **_):
+    sys.exit(0)
+
+def interrupts(completions, **_):
+    raise KeyboardInterrupt
+
+class Odd(BaseException):
+    def __str__(self):
+        raise ValueError
+
+def odd(completions, **_):
+    raise Odd
+
+def takes_all_memory(completions, **_):
+    return [bytearray(1 << 62)]
+
+def generator(completions, **_):
+    return (1.0 for _ in completions)
+
+def mapping(completions, **_):
+    return {c: 1.0 for c in completions}
+
+def text(completions, **_):
+    return "1234"
+
+def huge(completions, **_):
+    return [10 ** 5000] * len(completions)
+
+def table(completions, **_):
+    import torch
+    return torch.ones(len(completions), 2)
+
+def imaginary(completions, **_):
+    import numpy
+    return numpy.ones(len(completions), dtype=complex)
+
+class Unreadable(list):
+    def __len__(self):
+        raise KeyError("no length")
+
+def unreadable(completions, **_):
+    return Unreadable()
+
+def tensor(completions, **_):
+    import torch
+    return torch.tensor(good(completions), requires_grad=True)
+
+def array(completions, **_):
+    import numpy
+    return numpy.array(good(completions), dtype="float16")
+
+def truths(completions, **_):
+    return ["a" in c for c in completions]
+
+def scalars(completions, **_):
+    import numpy
+    return [numpy.float32(x) for x in good(completions)]
+
+def forks(completions, **_):
+    subprocess.run(["true"])
+    return good(completions)
+
+def badness(completions, **_):
+    return [float(open("/proc/self/oom_score_adj").read())] * len(completions)
 
 def nan(completions, **_):
     return [float("nan")] * len(completions)
@@ -91,6 +193,24 @@ FAULTS = {
     "words": "returned str 'good' as a score",
     "one": "returned float where a list is due",
 }
+# more of them, which training meets in the same way
+LATE = {
+    name: "gave no answer in 0.5 s"
+    for name in ("never", "backtracks", "never_comes", "blocks", "holds_the_lock", "ignores_signals", "stops_itself")
+} | {"leaves_a_child": "gave no answer in 0.5 s"}
+ODD = {
+    "exits": "raised SystemExit",
+    "odd": ("raised Odd", "gave what cannot be read (ValueError)"),
+    "takes_all_memory": "raised MemoryError",
+    "generator": ("raised TypeError: cannot pickle 'generator' object", "returned generator where a list is due"),
+    "mapping": "returned dict where a list is due",
+    "text": "returned str where a list is due",
+    "huge": "returned an integer of 16610 bits as a score",
+    "table": "returned list [1.0, 1.0] as a score",
+    "imaginary": "returned complex (1+0j) as a score",
+    "unreadable": "gave what cannot be read (KeyError)",
+}
+GOOD = ("good", "chatty", "later", "array", "truths", "forks")
 
 
 @pytest.fixture
@@ -104,11 +224,12 @@ def module(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ask(module):
-    """ask(function) -> the table of four samples."""
+    """ask(function) -> the table of four samples; ``here``: of the function in this process."""
     made = {}
 
-    def asked(name, completions=("a", "b", "ab", "")):
-        function = made.setdefault(name, resolve(f"{module}:{name}"))
+    def asked(name, completions=("a", "b", "ab", ""), here=False):
+        spec = import_callable(f"{module}:{name}", "reward") if here else f"{module}:{name}"
+        function = made.setdefault((name, here), resolve(spec))
         count = len(completions)
         return score([function], [name], ["p"] * count, list(completions), [[1]] * count)
 
@@ -127,11 +248,55 @@ def test_every_fault_is_told_and_scores_nothing(name, ask):
     assert again.faults == {name: 4}
 
 
+@pytest.mark.parametrize("name", [*LATE, *(name for name in ODD if name != "table"), "interrupts"])
+def test_more_faults_of_a_function_in_a_process_of_its_own(name, ask):
+    """``-s`` prints by how much each missed its deadline."""
+    began = time.monotonic()
+    table = ask(name)
+    print(f"{name}, own process: {time.monotonic() - began:.2f} s with its start")
+    said = {**LATE, **ODD, "interrupts": "raised KeyboardInterrupt"}[name]
+    assert f"reward '{name}' {said if isinstance(said, str) else said[0]}" in table.messages[0]
+    assert table.faults == {name: 4}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_more_faults_of_a_function_in_this_process(name, ask):
+    said = ODD[name] if isinstance(ODD[name], str) else ODD[name][1]
+    assert f"reward '{name}' {said}" in ask(name, here=True).messages[0]
+
+
+@pytest.mark.parametrize("name", ["never", "backtracks", "blocks"])
+def test_a_function_in_this_process_is_interrupted_at_its_deadline(name, ask):
+    """What it leaves half done nobody knows: the error ends the run, which saves."""
+    began = time.monotonic()
+    with pytest.raises(
+        RolloutError, match=f"reward '{name}', which runs in this process, gave no answer in .*module:func"
+    ):
+        ask(name, here=True)
+    print(f"{name}, this process: {time.monotonic() - began - 0.5:.2f} s past its deadline")
+    assert ask("good", here=True).total().tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_an_async_function_that_waits_too_long_only_loses_its_scores(ask):
+    assert "'never_comes' gave no answer in 0.5 s" in ask("never_comes", here=True).messages[0]
+
+
+def test_ctrl_c_is_no_fault(ask):
+    with pytest.raises(KeyboardInterrupt):
+        ask("interrupts", here=True)
+
+
 def test_what_is_no_fault_is_none(ask):
     assert ask("nones").faults == {}
     assert ask("nones").total().isnan().all()
-    for name in ("good", "chatty", "later"):
+    for name in GOOD:
         assert ask(name).total().tolist() == [1.0, 0.0, 1.0, 0.0]
+    for name in (*GOOD, "tensor", "scalars"):
+        assert ask(name, here=True).total().tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_it_is_the_first_to_go_when_memory_runs_out(ask):
+    assert ask("badness").total()[0] == torch.tensor(1000.0)
 
 
 def test_it_runs_in_another_process_which_keeps_its_state(ask):
