@@ -344,7 +344,7 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 1280])
 def test_it_fits_the_screen_and_can_be_read(serve, tab, width, scheme):
-    """No sideways scrolling, even with a word of 400 letters; targets of 40 px for fingers; contrast of WCAG AA; three scripts."""
+    """No sideways scrolling, even with a word of 400 letters; 40 px for fingers; tools in one row; contrast of WCAG AA; three scripts."""
     texts = ["x" * 400, "عاصمة المغرب هي الرباط", "서울에서 부산까지", "plain"]
     served = serve([{"prompt": "ما هي العاصمة؟", "responses": texts}, *PAIRS], safety=True)
     t = tab(served, viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -353,6 +353,9 @@ def test_it_fits_the_screen_and_can_be_read(serve, tab, width, scheme):
         assert t.page.evaluate(CONTRAST) == []
         targets = t.page.locator("#answer button:visible").all()
         assert targets and all(target.bounding_box()["height"] >= 40 for target in targets)
+        assert len({round(b.bounding_box()["y"]) for b in t.page.locator(".tools button:visible").all()}) == 1, (
+            "one row"
+        )
         if t.prompt() != "prompt 0":
             directions = "[...document.querySelectorAll('.card .text')].map((e) => [e.textContent, getComputedStyle(e).direction])"
             assert dict(t.page.evaluate(directions))[texts[1]] == "rtl"
