@@ -8,6 +8,7 @@ are ragged, between 8 and ``--longest`` tokens, the response length drawn per pr
 ``generate`` takes prompts sorted by length in batches; a batch runs until its longest response is complete, and only the tokens
 that were asked for count. Unless ``--batches`` names sizes, each contender is tried with 64 sequences at a time, then with twice
 and half as many until it gets slower on both sides; its best size is then run ``--rounds`` times in all, everybody in turn.
+``--known`` takes the best size from the rows of an earlier search instead.
 Before anything is timed, each contender's greedy tokens are compared with those of ``transformers.generate`` one prompt at a time.
 Weights are random. With one thread on a CPU it is CPU seconds that count: they hardly notice what else the machine does.
 """
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", type=int, nargs="+", help="sequences at a time, each tried; the best is searched when not given"
     )
+    parser.add_argument("--known", action="store_true", help="the sizes that were best in the file, where it has any")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after this long")
@@ -194,6 +196,8 @@ def main() -> None:
         bench.measure_memory()
     elif args.batches:
         bench.run([(name, batch) for batch in args.batches for name in bench.names], args.rounds)
+    elif args.known:
+        bench.run([(name, bench.known(name) or bench.search(name)) for name in bench.names], args.rounds)
     else:
         bench.run([(name, bench.search(name)) for name in bench.names], args.rounds - 1)
     print(bench.path.with_suffix(".md").read_text())
@@ -223,6 +227,14 @@ class Bench:
     def search(self, name: str) -> int:
         """The fastest number of sequences at a time, by one run each."""
         return climb(lambda batch: self.time(name, batch), START, self.work.n, len(self.work.prompts) * self.work.n)
+
+    def known(self, name: str) -> int | None:
+        """The fastest number in the file under these conditions."""
+        args = self.args
+        about = {"shape": args.shape, "device": self.policy.device.type, "threads": args.threads, "contender": name}
+        about |= {"prompts": args.prompts, "n": args.n, "longest": args.longest, "status": "ok"}
+        rows = [r for r in read_text(self.path) if all(r[k] == str(v) for k, v in about.items())]
+        return int(max(rows, key=speed)["batch"]) if rows else None
 
     def time(self, name: str, batch: int) -> float:
         """Tokens per second of a contender after one more run; 0 when there is none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from bench import gpu_rollout, rollout
@@ -83,3 +85,19 @@ def test_targets_are_met_missed_or_not_measured(tmp_path):
     assert "| share of the bandwidth limit, 64 sequences | 0.65 | ≥ 0.6 | met |" in lines
     assert "| speed over generate, 64 sequences | 2.5 | ≥ 3 | missed |" in lines
     assert "| speed over continuous batching, 64 sequences |  | ≥ 2 | not measured |" in lines
+
+
+def test_known_sizes_are_the_fastest_of_the_same_conditions(policy, tmp_path):
+    args = argparse.Namespace(shape="cpu", threads=1, prompts=3, n=2, longest=12, out=tmp_path, memory=True)
+    args.contenders = ["slots"]
+    bench = rollout.Bench(args, policy)
+    assert bench.known("slots") is None
+    row = OURS | {"shape": "cpu", "device": "cpu", "prompts": "3", "n": "2", "longest": "12"}
+    for batch, seconds, change in (
+        (4, 3.0, {}),
+        (8, 2.0, {}),
+        (16, 1.0, {"prompts": "64"}),
+        (32, 0.5, {"status": "failed"}),
+    ):
+        rollout.write(bench.path, [row | {"batch": batch, "median_cpu_s": seconds} | change])
+    assert bench.known("slots") == 8

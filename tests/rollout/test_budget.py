@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import host
 from rlhf_fast.errors import UserError
+from rlhf_fast.models import load
 from rlhf_fast.rollout import Request, SlotEngine, budget
 
 # of the tiny model: 2 layers of 2 heads of 8 numbers, keys and values, in float32
@@ -90,3 +94,32 @@ def test_free_host_memory_is_the_kernels_number_within_the_control_groups_limit(
     (group / "memory/memory.limit_in_bytes").write_text("3000\n")
     (group / "memory/memory.usage_in_bytes").write_text("3500\n")
     assert budget.host_free(tmp_path) == 0
+
+
+def measured(tokenizer, free: int) -> tuple[int, int, int]:
+    """Of a process of its own: the cap in tokens, the rise of resident memory while far more is asked for, the samples written."""
+    torch.set_num_threads(1)
+    # 32 KiB of keys and values a token, and hardly anything to compute
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=8, head_dim=256, vocab_size=len(tokenizer)))
+    policy = load(model, tokenizer=tokenizer)
+    budget.host_free = lambda root=None: free
+    engine = SlotEngine(policy, slots=32, prefill_tokens=64)
+    # libraries are loaded, every buffer has been there once
+    engine.generate([Request([5] * 20, n=16, max_new_tokens=3, seed=i) for i in range(3)])
+    engine.sleep()
+    requests = [Request([5] * 20, n=16, max_new_tokens=10 * i, stop_ids=(), seed=i) for i in range(1, 21)]
+    host.forget_peak()
+    before = host.memory()["VmRSS"]
+    groups = engine.generate(requests)
+    with engine.session() as session:
+        return session.limit, host.memory()["VmHWM"] - before, sum(map(len, groups))
+
+
+def test_the_cap_is_what_memory_is_measured_to_hold(tokenizer):
+    """Half of 200 MB: 320 samples that would take 1.2 GB together are written within it, and most of it is put to use."""
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        tokens, rise, samples = fresh.apply(measured, (tokenizer, 200 * 10**6))
+    assert samples == 320
+    assert 1_500 < tokens < 100e6 / 32768
+    assert 0.4 * 100e6 < rise <= 1.02 * 100e6
