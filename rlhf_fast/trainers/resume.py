@@ -140,6 +140,11 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         if not earlier:
             raise
         raise too_old(f"its fields are others ({type(error).__name__}: {error})") from error
+    except UserError as error:
+        if not earlier:
+            raise
+        told = "the checkpoint is of an earlier rlhf_fast: if nothing else is new, finish its run with that version"
+        raise UserError(f"{error} ({told}, which record.jsonl names)") from error
 
 
 def _put_in_place(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -120,6 +120,18 @@ def test_one_that_lacks_more_is_refused_with_what_to_do(change, said, saved, mak
         make("ppo", max_steps=4).train(resume_from_checkpoint=str(folder))
 
 
+def test_other_weights_may_be_the_versions_fault_and_are_said_to(saved, make):
+    def other(state):
+        without()(state)
+        state["weights"].pop("heads.value.weight")
+
+    folder, _ = saved("ppo", other)
+    with pytest.raises(
+        UserError, match="heads.value.weight is missing there .*earlier rlhf_fast: .*finish its run with that"
+    ):
+        make("ppo", max_steps=4).train(resume_from_checkpoint=str(folder))
+
+
 def test_one_of_a_newer_version_is_refused(saved, make):
     folder, _ = saved("sft", lambda state: state.update(format=FORMAT + 1, version="9.9"))
     with pytest.raises(UserError, match=f"a newer rlhf_fast .9.9; its format is {FORMAT + 1}, .*: update rlhf_fast"):
