@@ -89,7 +89,7 @@ def normalise(records: Any, need: str, bad_rows: str = "error") -> NormalisedRec
     rows, lines, problems = [], [], []
     for i, row in enumerate(records):
         try:
-            rows.append(fmt.convert(row))
+            rows.append(_writable(fmt.convert(row)))
             lines.append(records.where(i).removeprefix(f"{records.source}, "))
         except BadRow as error:
             if bad_rows == "error":
@@ -104,7 +104,7 @@ def normalise(records: Any, need: str, bad_rows: str = "error") -> NormalisedRec
 
 
 def recognise(records: Records, need: str) -> Format:
-    """The first format of ``need`` whose columns the data set has.
+    """The first format of ``need`` whose columns a row of the data set has, the first such row.
 
     Raises:
         UserError: none fits; one sentence with what is needed, what was found and the nearest match.
@@ -112,9 +112,11 @@ def recognise(records: Records, need: str) -> Format:
     if need not in NEEDS:
         raise UserError(f"Unknown need {need!r}: choose one of {', '.join(NEEDS)}.")
     columns = list(records[0])
-    for fmt in NEEDS[need]:
-        if fmt.matches(columns):
-            return fmt
+    # the first row may be the odd one out: it is bad then, as any other
+    for having in dict.fromkeys(tuple(row) for row in records):
+        for fmt in NEEDS[need]:
+            if fmt.matches(having):
+                return fmt
     accepted = dict.fromkeys(str(fmt) for fmt in NEEDS[need])
     found = ", ".join(f"`{c}`" for c in columns) or "none"
     raise UserError(
@@ -157,10 +159,15 @@ def _get(row: Row, *names: str) -> tuple[str, Any]:
 def _string(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(f"wrong {name}", f"`{name}` must be a string, got {_describe(value)}.")
-    if not value.strip():
-        raise BadRow(f"empty {name}", f"`{name}` is empty: {value!r}.")
+    if _blank(value):
+        raise BadRow(f"empty {name}", f"`{name}` is empty: {brief(value)}.")
     _encodable(name, value)
     return value
+
+
+def _blank(text: str) -> bool:
+    """Whether there is nothing to see: white space, characters without width, marks of byte order, NULs."""
+    return re.search(r"[^\s\0\u200b-\u200f\u2060\ufeff]", text) is None
 
 
 def _encodable(name: str, text: str) -> None:
@@ -168,6 +175,15 @@ def _encodable(name: str, text: str) -> None:
     odd = re.search("[\ud800-\udfff]", text)
     if odd:
         raise BadRow(f"wrong {name}", f"`{name}` holds half a character, {odd[0]!r}, at position {odd.start()}.")
+
+
+def _writable(row: Row) -> Row:
+    """The row; its other columns go to reward functions, and from there into files."""
+    for name, value in row.items():
+        _encodable(brief(name), name)
+        if isinstance(value, str):
+            _encodable(name, value)
+    return row
 
 
 def _describe(value: Any) -> str:
@@ -200,8 +216,11 @@ def _message(where: str, name: str, message: Any) -> dict:
         content = message["content"] = _joined(where, name, content)
     if content is not None and not isinstance(content, str):
         raise BadRow(f"wrong {name}", f"the content of `{where}` must be a string, got {_describe(content)}.")
-    if content is not None and not content.strip() and not message.get("tool_calls"):
-        raise BadRow(f"empty {name}", f"the content of `{where}` ({role}) is empty: {content!r}.")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise BadRow(f"wrong {name}", f"the tool_calls of `{where}` must be a list of objects, got {_describe(calls)}.")
+    if content is not None and _blank(content) and not calls:
+        raise BadRow(f"empty {name}", f"the content of `{where}` ({role}) is empty: {brief(content)}.")
     if content is not None:
         _encodable(where, content)
     return {**message, "role": role}
@@ -251,7 +270,7 @@ def _weight(row: Row) -> Row:
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise BadRow(f"wrong {name}", f"`{name}` must be a finite number, got {_describe(value)}.")
@@ -293,6 +312,7 @@ def _alpaca(row: Row) -> Row:
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise BadRow("wrong input", f"`input` must be a string, got {_describe(given)}.")
+    _encodable("input", given or "")
     content = f"{asked}\n\n{given}" if given and given.strip() else asked
     output = _string("output", _get(row, "output")[1])
     rest = _rest(row, "instruction", "input", "output")
@@ -482,10 +502,10 @@ def _ranked(row: Row) -> Row:
     return {"prompt": prompt, "responses": ordered, **_rest(row, "prompt", "responses", "ranking"), **_weight(row)}
 
 
-def _rank(value: Any) -> int:
-    number = _number("ranking", value)
+def _rank(value: Any, name: str = "ranking") -> int:
+    number = _number(name, value)
     if number != int(number):
-        raise BadRow("wrong ranking", f"`ranking` must hold whole numbers, got {value!r}.")
+        raise BadRow(f"wrong {name}", f"`{name}` must be made of whole numbers, got {value!r}.")
     return int(number)
 
 
@@ -517,9 +537,9 @@ def _two_labels(label: str) -> Callable[[Row], Row]:
             raise BadRow("wrong responses", f"`responses` must be a list of two, got {_describe(given)}.")
         responses = [_response(f"responses[{i}]", r, prompt) for i, r in enumerate(given)]
         if responses[0] == responses[1]:
-            raise BadRow("identical responses", "the two responses are identical, so neither is preferred.")
+            raise BadRow("identical responses", "the two `responses` are identical, so neither is preferred.")
         names = {x: f"{x}_response_id" if theirs else x for x in ("better", "safer")}
-        best = _rank(_get(row, names[label])[1])
+        best = _rank(_get(row, names[label])[1], names[label])
         if best not in (0, 1):
             raise BadRow(f"wrong {label}", f"`{names[label]}` must be 0 or 1, the index of a response, got {best}.")
         safe = [row.get(f"is_response_{i}_safe") for i in (0, 1)] if theirs else row.get("safe")
@@ -534,7 +554,7 @@ def _two_labels(label: str) -> Callable[[Row], Row]:
 
 def _safety(value: Any, count: int) -> list[bool] | None:
     """Whether each of ``count`` responses is safe, where somebody said."""
-    if value is None or (isinstance(value, list) and set(value) == {None}):
+    if value is None or (isinstance(value, list) and value and all(v is None for v in value)):
         return None
     if not isinstance(value, list) or len(value) != count:
         raise BadRow(
@@ -548,6 +568,11 @@ def _safe_pair(row: Row) -> Row:
     out = _pair(_rest(row, "safe"))
     safe = _safety(row.get("safe"), 2)
     return out if safe is None else {**out, "safe": safe}
+
+
+def _safe_pair_with_prompt(row: Row) -> Row:
+    _get(row, "prompt")
+    return _safe_pair(row)
 
 
 def _safe_ranking(row: Row) -> Row:
@@ -594,7 +619,7 @@ NEEDS: dict[str, tuple[Format, ...]] = {
         Format("PKU-SafeRLHF: the better response", _PKU, _two_labels("better")),
     ),
     "harm": (
-        Format("pairs, the safer chosen", _CHOSEN, _safe_pair),
+        Format("pairs, the safer chosen", _CHOSEN, _safe_pair_with_prompt),
         Format("pairs with a shared prompt, the safer chosen", _IMPLICIT, _safe_pair),
         Format("rankings, the safest first", _RANKED, _safe_ranking),
         Format("two labels: the safer response", _TWO_LABELS, _two_labels("safer")),

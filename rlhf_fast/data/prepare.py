@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,9 @@ Item = TypeVar("Item", Example, Preference, Labelled, Prompt)
 
 # what reward functions receive under these names comes from the rollout
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
+
+# columns that belong to a conversation elsewhere, and would be missed here
+UNREAD = ("images", "image", "videos", "video", "audios", "audio", "tools")
 
 TOO_LONG = "no trained token within max_length"
 SAME_WHEN_CUT = "responses equal within max_length"
@@ -219,7 +223,12 @@ def prepare_prompts(
         if max_prompt_length is not None and len(ids) > max_prompt_length:
             raise BadRow(LONG_PROMPT, f"`prompt` has {len(ids)} tokens.")
         work.report.tokens += len(ids)
-        return Prompt(ids, row["prompt"], {key: row.get(key) for key in columns})
+        given = {key: row.get(key) for key in columns}
+        for key, value in given.items():
+            if isinstance(value, float) and math.isnan(value):  # as pandas writes a cell that is empty
+                given[key] = None
+                work.encoder.notes[f"`{key}` is NaN, taken as missing"] += 1
+        return Prompt(ids, row["prompt"], given)
 
     return work.run(encode)
 
@@ -265,6 +274,7 @@ class _Preparation:
         self.report.problems += self.rows.problems
         self.report.stop_ids = self.encoder.stop_ids
         self._limit, self._bad_rows, self._check = limit, bad_rows, check
+        self._first_cut: str | None = None
         self._allowed = 1.0 if allow_truncation else max_truncated_share
 
     def fit(self, examples: list[Example], row: dict) -> list[Example]:
@@ -299,6 +309,7 @@ class _Preparation:
                 item = encode(row)
             except BadRow as error:
                 self._leave_out(error, self.rows.where(i))
+                self._note_length(i)
                 continue
             except UserError as error:
                 raise UserError(f"{self.rows.where(i)}: {error}") from None
@@ -307,7 +318,9 @@ class _Preparation:
                 digest.update(array("q", [len(part.input_ids), *part.input_ids]).tobytes())
                 digest.update(bytes(getattr(part, "response_mask", ())))
             items.append(item)
+            self._note_length(i)
             report.notes.update(self.encoder.notes.keys())
+            report.notes.update(f"`{name}` is not read: models see text alone" for name in UNREAD if _holds(row, name))
             whole, start = _hashes(item)
             report.repeated += whole in seen
             seen.add(whole)
@@ -328,16 +341,26 @@ class _Preparation:
             self.report.problems.append(Problem(where, error.column, error.reason, str(error)))
         self.report.dropped[error.reason] += 1
 
+    def _note_length(self, i: int) -> None:
+        """Keep where the first row stands that lost something."""
+        if self._first_cut is None and self.report.shortened:
+            self._first_cut = self.rows.where(i).removeprefix(f"{self.report.source}, ")
+
     def _refusal(self) -> str | None:
         report = self.report
         share = report.shortened / report.rows
         if share > self._allowed:
             return (
                 f"{report.source}: {report.shortened} of {report.rows} rows ({share:.1%}) are longer than {self._limit} "
-                f"{report.max_length} (the longest has {report.longest} tokens), more than the {self._allowed:.1%} that may "
+                f"{report.max_length} (first {self._first_cut}; the longest has {report.longest} tokens), more than the {self._allowed:.1%} that may "
                 f"be cut or dropped. Raise {self._limit}, or set allow_truncation: true."
             )
         return None if report.kept else f"{report.source}: no row is left. Dropped: {dict(report.dropped)}."
+
+
+def _holds(row: dict, name: str) -> bool:
+    """Whether a row has media or tools in a column; a string there is a name of something else."""
+    return isinstance(row.get(name), (list, dict, bytes)) and bool(row[name])
 
 
 def _hashes(item: Item) -> tuple[int, int]:

@@ -6,21 +6,37 @@ row later can name its file and line.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import gzip
 import io
 import json
+import logging
+import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 from rlhf_fast.errors import UserError
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+LONGEST_NAME = 1000  # characters
+# how a file begins that is none of text, and what it is then
+FOREIGN = {
+    b"\xff\xfe": "is UTF-16 text. Save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text. Save it as UTF-8",
+    b"\0\0\xfe\xff": "is UTF-32 text. Save it as UTF-8",
+    b"\x1f\x8b": "is compressed with gzip. Give it a name that ends with .gz",
+    b"PAR1": "is a parquet file. Give it a name that ends with .parquet",
+    b"PK\x03\x04": "is a zip archive (.xlsx is one too). Unpack it, or export its table as .csv",
+}
+# what `datasets` says of a parquet file without rows
+OF_NO_ROWS = ("BatchSize must be greater than 0", "corresponds to no data")
 SUFFIXES = (*TEXT_SUFFIXES, *(s + ".gz" for s in TEXT_SUFFIXES), ".parquet")
 
 
@@ -115,6 +131,8 @@ def train_test(records: Sequence[dict], test: float, seed: int = 0) -> tuple[Rec
 
 
 def _load_named(name: str, split: str | None) -> Records:
+    if len(name) > LONGEST_NAME or "\0" in name:
+        raise UserError(f"{brief(name)} is no name of a file, a folder or a data set.")
     path = Path(name).expanduser()
     if not path.exists() and ":" in name:
         head, _, tail = name.rpartition(":")
@@ -125,6 +143,11 @@ def _load_named(name: str, split: str | None) -> Records:
         return _read_file(path, split)
     if path.is_dir():
         return _read_folder(path, split)
+    if os.path.lexists(path):
+        what = (
+            "a link that leads nowhere" if path.is_symlink() else "no file to be read twice, such as a pipe or a device"
+        )
+        raise UserError(f"{name} is {what}. Give a file.")
     near = _nearest_entry(path)
     forgotten_suffix = "/" not in name and near is not None and near.split(".")[0] == name
     if _looks_like_a_path(name) or forgotten_suffix:
@@ -164,6 +187,8 @@ def _read_file(path: Path, split: str | None) -> Records:
         raise UserError(f"{path}: unknown kind of file. Give one of {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes). Give a data set with at least one row.")
+    if (what := _foreign(path, suffix)) is not None:
+        raise UserError(f"{path} {what}.")
     if suffix == ".parquet":
         return _refuse_split(_read_parquet(path), path, split)
     try:
@@ -178,6 +203,27 @@ def _read_file(path: Path, split: str | None) -> Records:
         raise UserError(f"{path} is not a complete gzip file ({error}). Write it again.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _foreign(path: Path, suffix: str) -> str | None:
+    """What a file is, and what to do, whose name says that it is text and whose first bytes do not; None where all is well."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    if suffix.endswith(".gz"):
+        return None if head.startswith(b"\x1f\x8b") else "is not compressed. Give it a name that does not end with .gz"
+    if suffix == ".parquet":
+        return None
+    if head.startswith(b"\xff\xfe\0\0"):
+        return FOREIGN[b"\0\0\xfe\xff"]
+    for begin, what in FOREIGN.items():
+        if head.startswith(begin):
+            return what
+    pairs = head[: len(head) // 2 * 2]
+    half = pairs and not (any(pairs[1::2]) and any(pairs[::2]))  # every second byte is 0
+    return FOREIGN[b"\xff\xfe"] if half and any(pairs) else None
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -274,23 +320,24 @@ def _pick_split(splits: Mapping[str, Any], split: str | None, name: str) -> Any:
 
 def _read_jsonl(file: IO[str], path: Path) -> Records:
     rows, lines = [], []
+    complete = "Every line must be one complete JSON object."
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
+        if not rows and line.lstrip().startswith("["):
+            complete += " Or give a list of objects a name that ends with .json."
         try:
             row = _parse(line)
         except json.JSONDecodeError as error:
             start = line.strip()[:60]
             raise UserError(
-                f"{path}, line {number}: malformed JSON at column {error.colno} ({error.msg}): {start!r}. "
-                "Every line must be one complete JSON object."
+                f"{path}, line {number}: malformed JSON at column {error.colno} ({error.msg}): {start!r}. {complete}"
             ) from None
         except BadRow as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict):
             raise UserError(
-                f"{path}, line {number}: expected a JSON object, got {_json_type(row)}: {line.strip()[:60]!r}. "
-                "Every line must be one complete JSON object."
+                f"{path}, line {number}: expected a JSON object, got {_json_type(row)}: {line.strip()[:60]!r}. {complete}"
             )
         rows.append(row)
         lines.append(f"line {number}")
@@ -308,6 +355,11 @@ def _read_json(file: IO[str], path: Path, split: str | None) -> Records:
             return _refuse_split(_read_jsonl(io.StringIO(text), path), path, split)
         raise UserError(f"{path}, line {error.lineno}: malformed JSON at column {error.colno} ({error.msg}).") from None
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        if not any(isinstance(cell, dict) for cells in value.values() for cell in cells):
+            raise UserError(
+                f"{path}: expected a list of objects, one a row, got one object of columns: {', '.join(value)}. Write rows "
+                "(pandas: orient='records')."
+            )
         value, split = _pick_split(value, split or ("data" if "data" in value else None), str(path)), None
     elif isinstance(value, dict):
         raise UserError(
@@ -326,6 +378,8 @@ def _read_csv(file: IO[str], path: Path) -> Records:
         header = [h.strip() for h in next(reader, [])]
         if not all(header) or len(set(header)) < len(header):
             raise UserError(f"{path}, line 1: every column needs its own name, got {header}.")
+        if len(header) == 1 and (mark := next((m for m in ";\t|" if m in header[0]), None)):
+            raise UserError(f"{path}, line 1: its cells are parted by {mark!r}: {header[0]!r}. Save it with commas.")
         rows, lines = [], []
         first = reader.line_num + 1
         for values in reader:
@@ -352,7 +406,7 @@ def _csv_cell(cell: str) -> Any:
     if cell.startswith("[") and cell.endswith("]"):
         try:
             return json.loads(cell)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return cell
     return cell
 
@@ -361,17 +415,42 @@ def _read_parquet(path: Path) -> Records:
     import datasets
 
     # a throw-away cache: a changed file must never be answered from an older copy
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, _quiet(datasets):
         try:
             rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise UserError(f"{path} is not a readable parquet file: {_first_line(error.__cause__ or error)}") from None
+            why = _first_line(error.__cause__ or error)
+            if not any(told in why for told in OF_NO_ROWS):
+                raise UserError(f"{path} is not a readable parquet file: {why}.") from None
+            rows = []
     return Records(rows, str(path))
+
+
+@contextlib.contextmanager
+def _quiet(datasets: ModuleType) -> Iterator[None]:
+    """Inside, ``datasets`` shows no bar for reading a file, and logs no error that we are about to tell."""
+    log, shows = logging.getLogger("datasets"), datasets.are_progress_bars_disabled()
+    level = log.level
+    datasets.disable_progress_bars()
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if not shows:
+            datasets.enable_progress_bars()
 
 
 def _parse(text: str) -> Any:
     """JSON, without the keys that are given twice: all but the last would be lost without a word."""
-    return json.loads(text, object_pairs_hook=_one_of_each)
+    try:
+        return json.loads(text, object_pairs_hook=_one_of_each)
+    except (json.JSONDecodeError, BadRow):
+        raise
+    except RecursionError:
+        raise BadRow("too deep", "a value is nested too deeply to be read. Leave it out.") from None
+    except ValueError:  # Python reads integers of 4300 digits
+        raise BadRow("a long number", "a number has too many digits to be read. Write it as a string.") from None
 
 
 def _one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def test_safety_follows_the_responses_of_pairs_and_rankings_in_files_of_their_ow
         ({"safe": [True]}, "`safe` must say true or false of each of 2 responses"),
         ({"safe": ["maybe", True]}, "`safe` must be true or false, got str 'maybe'"),
         ({"responses": ["a"]}, "`responses` must be a list of two"),
-        ({"responses": ["a", "a"]}, "the two responses are identical"),
+        ({"responses": ["a", "a"]}, "the two `responses` are identical"),
     ],
     ids=str,
 )

@@ -147,14 +147,48 @@ def test_a_malformed_line_is_named_with_file_line_and_reason(tmp_path):
         ("d.csv", b"a,b\n1,2\n3\n", "line 3: 1 cells, but the header names 2 columns"),
         ("d.csv", b"a,a\n1,2\n", "line 1: every column needs its own name"),
         ("d.parquet", b"no parquet", "not a readable parquet file"),
-        ("d.jsonl.gz", b"no gzip", "not a complete gzip file"),
+        ("d.jsonl.gz", b"no gzip", "is not compressed. Give it a name that does not end with .gz"),
+        ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "not a complete gzip file"),
         ("d.txt", b"text", "unknown kind of file"),
+        ("d.jsonl", '{"a": 1}\n'.encode("utf-16"), "is UTF-16 text. Save it as UTF-8"),
+        ("d.csv", "a,b\n1,2\n".encode("utf-16-le"), "is UTF-16 text"),
+        ("d.jsonl", '{"a": 1}\n'.encode("utf-32"), "is UTF-32 text"),
+        ("d.jsonl", gzip.compress(b'{"a": 1}\n'), "is compressed with gzip. Give it a name that ends with .gz"),
+        ("d.jsonl", b"PAR1....", "is a parquet file"),
+        ("d.csv", b"PK\x03\x04....", "is a zip archive (.xlsx is one too)"),
+        ("d.csv", b"a;b\n1;2\n", "line 1: its cells are parted by ';': 'a;b'. Save it with commas"),
+        ("d.csv", b"a\tb\n1\t2\n", "line 1: its cells are parted by '\\t'"),
+        ("d.json", b'{"a": [1, 2], "b": [3, 4]}', "got one object of columns: a, b. Write rows"),
+        ("d.json", b"[" * 100_000, "nested too deeply"),
+        ("d.jsonl", b'[\n {"a": 1}\n]', "Or give a list of objects a name that ends with .json"),
     ],
 )
 def test_unreadable_files_say_what_is_wrong(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     message = error_of(tmp_path / name)
     assert expected in message and name in message
+
+
+def test_a_parquet_file_without_rows_says_so_and_nothing_else(tmp_path, capfd):
+    datasets.Dataset.from_dict({"a": []}).to_parquet(str(tmp_path / "d.parquet"))
+    capfd.readouterr()
+    assert "holds no rows" in error_of(tmp_path / "d.parquet")
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_names_that_lead_to_no_file(tmp_path):
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    assert "is a link that leads nowhere" in error_of(tmp_path / "loop.jsonl")
+    assert "such as a pipe or a device" in error_of("/dev/null")
+    assert "is no name of a file" in error_of("a" * 5000 + ".jsonl")
+    assert "is no name of a file" in error_of("a\0b")
+
+
+def test_a_csv_cell_that_is_nested_too_deeply_stays_text(tmp_path):
+    cell = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "d.csv").write_text(f"a,b\n1,{cell}\n")
+    assert load_records(tmp_path / "d.csv")[0]["b"] == cell
 
 
 def test_a_split_of_a_single_file_is_refused(tmp_path):
