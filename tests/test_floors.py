@@ -77,7 +77,7 @@ SHARED_TRAINER_FILES = tuple(
         "best",
         "callbacks",
     )
-    + ("rl", "importance", "scores", "groups", "reference", "lagrangian", "guard", "measures")
+    + ("rl", "importance", "scores", "groups", "reference", "lagrangian", "guard", "measures", "alarms")
 )
 CONTINUES = {"safe_ppo": "ppo"}
 

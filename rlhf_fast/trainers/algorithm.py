@@ -206,6 +206,13 @@ class Algorithm:
         """Callbacks that the algorithm brings itself."""
         return []
 
+    def inspect(self, figures: dict[str, float]) -> None:
+        """Called before every optimizer step with what the losses of all ranks noted in ``watched``, summed.
+
+        Raises:
+            StepRefused: the step must not be taken.
+        """
+
     def after_step(self) -> None:
         """Called after every optimizer step."""
 

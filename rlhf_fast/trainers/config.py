@@ -9,6 +9,8 @@ from typing import Any
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.attention import CHOICES
 
+from .alarms import ACTIONS as ALARM_ACTIONS
+from .alarms import check_alarm_limits
 from .guard import ACTIONS as GUARD_ACTIONS
 from .guard import check_limits
 from .importance import MODES as IMPORTANCE_MODES
@@ -105,9 +107,7 @@ class TrainerConfig:
     callbacks: list[Any] = field(default_factory=list)  # module:class or module:function, called at every step and save
     resume_from_checkpoint: str | bool | None = None  # true: the latest good checkpoint of output_dir; or a path
     seed: int = 42  # of everything random
-    deterministic: bool = (
-        False  # the same run ends with the same bits, on a GPU too; what cannot repeat them is refused
-    )
+    deterministic: bool = False  # the same run ends with the same bits, on a GPU too; what cannot do so is refused
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb; metrics.jsonl is always written
     quiet: bool = False  # no progress bar
 
@@ -148,6 +148,8 @@ class RLConfig(TrainerConfig):
     guard_reward: list[Any] = field(default_factory=list)  # as reward_funcs, but held out: nothing learns from them
     guard_share: float = 0.25  # of the prompts of a batch whose responses they score
     guard_limits: dict[str, float] = field(default_factory=dict)  # where signs begin, e.g. {kl: 30}; see guard.py
+    alarms: str = "stop"  # at a step wildly out of range (KL, ratio, values): stop before it, saved; warn; off
+    alarm_limits: dict[str, float] = field(default_factory=dict)  # where that begins, e.g. {kl: 1}; see alarms.py
     disagreement_penalty: float = 0.0  # models of several heads: their spread times this off the score, onto the cost
     soft_overlong_cache: int = 0  # tokens before the limit on which a penalty grows to 1 (DAPO, eq. 13); 0: none
     vllm_importance_sampling_correction: bool | None = None  # weigh by trainer / engine; none: where weights differ
@@ -185,6 +187,8 @@ class RLConfig(TrainerConfig):
         super().__post_init__()
         one_of("guard", self.guard, GUARD_ACTIONS)
         check_limits(self.guard_limits)
+        one_of("alarms", self.alarms, ALARM_ACTIONS)
+        check_alarm_limits(self.alarm_limits)
         if not 0 < self.guard_share <= 1:
             raise UserError(f"guard_share is {self.guard_share:g}; it is a share of the prompts, above 0 and at most 1")
         if self.guard == "rollback" and not (self.guard_reward or self.metric_for_best_model):

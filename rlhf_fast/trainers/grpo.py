@@ -221,6 +221,8 @@ class GRPOTrainer(RLTrainer):
             cu_seqlens=batch.cu_seqlens,
         )
         tokens = sum(map(self.size, records))
+        if old_logprobs is not None:  # else the policy has not moved
+            self.watch_policy(metrics, tokens / window.tokens)
         figures = group_policy_figures(metrics) | {"entropy": (entropy * mask).sum() / max(tokens, 1)}
         rollout = packed(records, "rollout_logprobs", batch)
         if old_logprobs is None and rollout is not None:  # these are the policy's own of when it sampled

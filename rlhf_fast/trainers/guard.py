@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,13 +50,13 @@ FIGURES = ("reward", "held_out", "kl", "length", "repeat", "distinct", "entropy"
 Window = dict[str, Moments]
 
 
-def check_limits(limits: dict[str, float]) -> None:
-    """Raise UserError for a limit that the guard does not have, naming the nearest."""
+def check_limits(limits: Iterable[str], known: Iterable[str] = LIMITS, setting: str = "guard_limits") -> None:
+    """Raise UserError for a limit that there is not, naming the nearest."""
     for name in limits:
-        if name not in LIMITS:
-            near = difflib.get_close_matches(name, LIMITS, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"guard_limits has no {name!r}; {hint}There are {', '.join(LIMITS)}")
+            raise UserError(f"{setting} has no {name!r}; {hint}There are {', '.join(known)}")
 
 
 class Guard(Callback):

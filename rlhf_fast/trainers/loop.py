@@ -23,7 +23,7 @@ from rlhf_fast.run.signals import StopSignals
 from . import memory, nonfinite
 from .algorithm import Window
 from .journal import Journal
-from .resume import load_best, save, saved_if_rollouts_fail
+from .resume import load_best, save, saved_if_refused, saved_if_rollouts_fail
 from .shards import idle_losses
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(trainer: Trainer, out: Path, resumed: int | None, record: Record) -> Non
             if not trainer.plan:
                 with trainer.timed("collect"), saved_if_rollouts_fail(trainer, out):
                     begin_round(trainer)
-            with trainer.timed("train"):
+            with trainer.timed("train"), saved_if_refused(trainer, out):
                 optimizer_step(trainer, trainer.plan.pop(0))
             log.total_steps = trainer.expected_steps
             # read once: a signal that comes while logging waits for the next step
@@ -80,6 +80,7 @@ def run(trainer: Trainer, out: Path, resumed: int | None, record: Record) -> Non
 
 def begin_round(trainer: Trainer) -> None:
     """Draw rows, make records of them, and plan the windows over these."""
+    trainer.round_began = trainer.sampler.state(), trainer.rows_drawn
     # the last round is as short as the data, but every window of every rank needs a row: it may run on into the next
     # epoch by a few
     fewest = trainer.windows_per_round * len(trainer.ranks)
@@ -125,16 +126,26 @@ def accumulate(trainer: Trainer, parts: list[list[Any]], window: Window) -> None
 
 
 def apply(trainer: Trainer, norm: Tensor, records: list[Any], window: Window) -> None:
-    """Step the optimizer, unless a gradient is not finite: then weights stay as they are."""
-    if bool(torch.isfinite(norm)):
+    """Step the optimizer, unless a gradient is not finite or a figure forbids it: then weights stay as they are."""
+    size, loss, figures = read(trainer, norm)
+    if math.isfinite(size):
+        trainer.inspect(figures)
         trainer.optimizer.step()
         trainer.skipped = 0
     else:
-        nonfinite.skip(trainer, norm, records, window)
+        nonfinite.skip(trainer, size, records, window)
     trainer.optimizer.zero_grad(set_to_none=True)
-    losses = trainer.accelerator.reduce(torch.as_tensor(trainer.window_loss, device=trainer.accelerator.device), "sum")
-    trainer.metrics.add({"loss": losses, "grad_norm": norm}, 1.0)
-    trainer.window_loss = 0.0
+    trainer.metrics.add({"loss": loss, "grad_norm": size}, 1.0)
+
+
+def read(trainer: Trainer, norm: Tensor) -> tuple[float, float, dict[str, float]]:
+    """Gradient norm, loss, and what is watched of a window, of all ranks: one collective call, one wait for the device."""
+    mine = (trainer.window_loss, *trainer.watched.values())
+    sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=norm.device) for x in mine])
+    size, loss, *figures = torch.cat([norm.reshape(1), trainer.accelerator.reduce(sums, "sum")]).tolist()
+    names = list(trainer.watched)
+    trainer.window_loss, trainer.watched = 0.0, {}
+    return size, loss, dict(zip(names, figures))
 
 
 def evaluation_due(trainer: Trainer) -> bool:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import StepRefused
 from rlhf_fast.run.disk import disk_faults
 
 from .algorithm import Window
@@ -27,17 +26,17 @@ FOLDER = "skipped"  # of the run folder
 NAMED = 3  # rows in a message
 
 
-def skip(trainer: Trainer, norm: Tensor, records: list[Any], window: Window) -> None:
+def skip(trainer: Trainer, norm: float, records: list[Any], window: Window) -> None:
     """Say which step is left out and why.
 
     Raises:
-        UserError: it is one of too many in a row.
+        StepRefused: it is one of too many in a row.
     """
     trainer.skipped += 1
     told = report(trainer, records, window)
-    logger.warning("step %d skipped: the gradient norm is %s; %s", trainer.step + 1, float(norm), told)
+    logger.warning("step %d skipped: the gradient norm is %s; %s", trainer.step + 1, norm, told)
     if trainer.skipped == MAX_SKIPPED_STEPS:
-        raise UserError(
+        raise StepRefused(
             f"{MAX_SKIPPED_STEPS} steps in a row had non-finite gradients, the last at step {trainer.step + 1}; "
             f"lower the learning rate (now {trainer.scheduler.get_last_lr()[0]:g}) or inspect the data there: {told}"
         )

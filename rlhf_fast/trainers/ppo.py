@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ from .figures import clipped_policy_figures, explained_variance, shaped_rewards_
 from .rl import RLTrainer
 from .scores import Scores, kl_factor, leave_out_unscored, punish_overlong, punish_unfinished, whiten_over_ranks
 from .trainer import Window
+
+SMALLEST_SCALE = 1.0  # mean square of returns below which a critic's errors are judged as they are
 
 
 @dataclass(kw_only=True)
@@ -88,7 +91,8 @@ class PPOTrainer(RLTrainer):
         a = self.args
         self.kl_coef = a.kl_coef
         self.scores = Scores(a.normalize_rewards, a.reward_scale, a.reward_clip, self.ranks)
-        self._moved: Tensor | float = 0.0  # approximate KL between the policy and where it sampled, this window
+        self.moved = 0.0  # approximate KL between the policy and where it sampled, before the last step
+        self.scales = dict.fromkeys(self.critics, SMALLEST_SCALE)  # largest mean square of a critic's returns in a step
 
     def check_rewards(self, args: PPOConfig) -> None:
         if not self.functions and not args.reward_model_path:
@@ -214,26 +218,34 @@ class PPOTrainer(RLTrainer):
             )
             figures = clipped_policy_figures(metrics) | {"loss/policy_avg": loss.detach() * whole}
             figures["objective/entropy"] = entropy.detach().sum() / max(tokens, 1)
-            self._moved = self._moved + metrics["approx_kl"] * tokens / window.tokens
+            self.watch_policy(metrics, tokens / window.tokens)
             yield loss, figures, tokens
         for role, (values, returns) in self.critics.items():
+            targets = packed(records, returns, batch)
             loss, metrics = value_loss(
                 self.model(batch, output="values", role=role),
                 packed(records, values, batch),
-                packed(records, returns, batch),
+                targets,
                 batch.response_mask,
                 clip=a.cliprange_value,
                 denominator=window.tokens,
             )
+            # the loss is half the mean squared error; returns are 0 outside of responses
+            self.watch(1.0, **{role: 2 * loss, f"{role} scale": targets.square().sum() / window.tokens})
             yield a.vf_coef * loss, {f"loss/{role}_avg": loss.detach() * whole}, tokens
+
+    def inspect(self, figures: dict[str, float]) -> None:
+        self.moved = figures.get("kl", 0.0)
+        errors = []
+        for role in self.critics:
+            self.scales[role] = max(self.scales[role], figures.pop(f"{role} scale"))
+            errors.append(figures.pop(role) / self.scales[role])
+        super().inspect({**figures, "value": max(errors, key=lambda x: (math.isnan(x), x))})
 
     def after_step(self) -> None:
         """Drop the batch's remaining passes once the policy has moved ``target_kl`` away from where it sampled."""
-        if self.args.target_kl is not None and self.plan:
-            moved = self.accelerator.reduce(torch.as_tensor(self._moved, device=self.policy.device), "sum")
-            if float(moved) > self.args.target_kl:
-                self.plan = []
-        self._moved = 0.0
+        if self.args.target_kl is not None and self.moved > self.args.target_kl:
+            self.plan = []
 
     def extra_state(self) -> dict[str, Any]:
         return {**super().extra_state(), "kl_coef": self.kl_coef, "scores": self.scores.state()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_fast.errors import RolloutError, UserError
+from rlhf_fast.errors import RolloutError, StepRefused, UserError
 from rlhf_fast.models.fingerprint import difference, digest
 from rlhf_fast.rewards.deadline import rescue
 from rlhf_fast.run.checkpoint import (
@@ -63,6 +63,25 @@ def saved_if_rollouts_fail(trainer: Trainer, out: Path) -> Iterator[None]:
             yield
     except RolloutError as error:
         raise RolloutError(f"{error}{saved()}") from error
+
+
+@contextlib.contextmanager
+def saved_if_refused(trainer: Trainer, out: Path) -> Iterator[None]:
+    """Inside, the next step of the plan is made; when it must not be taken, where the run stood before is saved first."""
+    before, figures, plan = dict(vars(trainer)), trainer.metrics.state(), list(trainer.plan)
+    try:
+        yield
+    except StepRefused as error:
+        vars(trainer).update(before)
+        trainer.metrics.load_state(figures)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.plan = plan
+        if trainer.record_class is None:  # rows of the data are not saved: the round is drawn again
+            trainer.plan = []
+            cursor, trainer.rows_drawn = trainer.round_began
+            trainer.sampler.load_state(cursor)
+        save(trainer, out)
+        raise StepRefused(f"{error} (saved at step {trainer.step}; continue with --resume)") from error
 
 
 def load_best(trainer: Trainer, out: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from rlhf_fast.data.batch import Example, Experience, Prompt, TokenBatch
 from rlhf_fast.data.prepare import Report, prepare_prompts
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import StepRefused, UserError
 from rlhf_fast.models import Policy
 from rlhf_fast.rewards import resolve_all
 from rlhf_fast.rewards.experience import ScoredRollouts, annotate, blank_experience, restore_experience
 from rlhf_fast.rollout import Engine, awake, check_for_rl, engine_for
 from rlhf_fast.run.metrics import MetricsLog
 
+from .alarms import alarms_of, sentence
 from .config import RLConfig
 from .engines import WeightSync, build_engine, shared_engine
 from .evaluation import answers
@@ -25,6 +27,8 @@ from .guard import Guard
 from .importance import alarm, distance_of, weigh
 from .lagrangian import Lagrangian, cost_functions
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class RLTrainer(Trainer):
@@ -189,6 +193,26 @@ class RLTrainer(Trainer):
         if prompts:
             self.times.add(self.rollouts.seconds)
         return experiences, {**metrics, **agreement}
+
+    def watch(self, share: float, **figures: Tensor) -> None:
+        """Add up what alarms look at before the step: means over a ``share`` of the window's tokens."""
+        so_far = self.watched
+        self.watched = {**so_far, **{n: so_far.get(n, 0.0) + x.detach() * share for n, x in figures.items()}}
+
+    def watch_policy(self, metrics: dict[str, Tensor], share: float) -> None:
+        """Watch how far the policy has moved since it sampled, by the metrics of its loss."""
+        # the ratio's excess over 1, so that a window without a token has none
+        self.watch(share, kl=metrics["approx_kl"], ratio=metrics["ratio_mean"] - 1.0)
+
+    def inspect(self, figures: dict[str, float]) -> None:
+        if "ratio" in figures:
+            figures = {**figures, "ratio": 1.0 + figures["ratio"]}
+        rung = {} if self.args.alarms == "off" else alarms_of(figures, self.args.alarm_limits)
+        if rung and self.args.alarms == "stop":
+            raise StepRefused(f"step {self.step + 1} is not taken: {sentence(rung)}")
+        if rung and self.accelerator.is_main_process:
+            logger.warning("step %d: %s", self.step + 1, sentence(rung))
+        self.metrics.add({f"alarms/{name}": 1.0 for name in rung}, 1.0)
 
     def after_log(self, figures: dict[str, float]) -> None:
         alarm(figures, self.args.vllm_logprob_tolerance, self.step, type(self.engine).__name__)

@@ -118,6 +118,7 @@ class Trainer(Algorithm):
         self.rows_drawn = 0  # by all ranks, since the start of the run
         self.first_row = 0  # where this rank's rows of the round lie in that count: seeds derive from it
         self.window_loss: Tensor | float = 0.0  # of the window, so far
+        self.watched: dict[str, Tensor] = {}  # figures of the window so far that are looked at before its step
         self.skipped = 0  # steps in a row without a finite gradient
         self.metrics = Means()
         self.times = Times()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import string
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rlhf_fast.rollout import Sample
 from rlhf_fast.run.metrics import read_metrics
+from rlhf_fast.trainers import alarms
 
 VOCAB = ["<eos>", "<unk>", *string.ascii_lowercase, *string.digits, *" +=#.-$,"]
 TIMES = ("time", "tokens_per_second")  # what no two runs share
@@ -75,6 +77,13 @@ def settings(tmp_path):
         return {**common, **more}
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def patient_alarms(monkeypatch):
+    """Models this small move by nats in a step at a rate of 0.1, on purpose; ``test_alarms`` has the limits of users."""
+    far = {name: dataclasses.replace(alarm, limit=1e9) for name, alarm in alarms.ALARMS.items()}
+    monkeypatch.setattr(alarms, "ALARMS", far)
 
 
 @pytest.fixture

@@ -76,6 +76,12 @@ def test_three_in_a_row_end_the_run_with_what_to_do(poisoned, run):
     ):
         run(made)
     assert same(made.after[0], [p.detach() for p in made.parameters])
+    again = poisoned({4}, math.nan, output_dir=made.args.output_dir)  # saved as it was before the last of them
+    with pytest.raises(UserError, match="at step 4; .*saved at step 3; continue with --resume"):
+        again.train(resume_from_checkpoint=True)
+    well = poisoned({}, math.nan, output_dir=made.args.output_dir)
+    well.train(resume_from_checkpoint=True)
+    assert well.step == 6
 
 
 def test_the_count_survives_a_checkpoint(poisoned, run):
