@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.run import sharding
+from rlhf_fast.run.checkpoint import rng_state, set_rng_state
 from rlhf_fast.run.record import Record
 from rlhf_fast.run.signals import StopSignals
 
@@ -47,7 +48,7 @@ def run(trainer: Trainer, out: Path, resumed: int | None, record: Record) -> Non
                 optimizer_step(trainer, trainer.plan.pop(0))
             log.total_steps = trainer.expected_steps
             # read once: a signal that comes while logging waits for the next step
-            interrupted = trainer.ranks.any(stop.requested) and not trainer.finished
+            interrupted = asked_to_stop(trainer, stop)
             ends = trainer.finished or interrupted
             logged = log.write() if ends or trainer.step % a.logging_steps == 0 else {}
             trainer.callbacks.call("on_step", trainer, logged)  # which may end the run
@@ -55,12 +56,14 @@ def run(trainer: Trainer, out: Path, resumed: int | None, record: Record) -> Non
             if evaluation_due(trainer) and not interrupted:  # who asked to stop will not wait for it
                 # one process of several may fail alone here, and the others would wait for it to save
                 with saved_if_rollouts_fail(trainer, out) if len(trainer.ranks) == 1 else contextlib.nullcontext():
-                    evaluate(trainer, log)
+                    evaluate(trainer, log, stop)
+                interrupted = asked_to_stop(trainer, stop)
             is_best = trainer.best.step == trainer.step
             if trainer.finished or interrupted or trainer.step % a.save_steps == 0 or is_best:
                 with trainer.timed("save"):
                     folder = save(trainer, out)
                 trainer.callbacks.call("on_save", trainer, folder)
+                interrupted = interrupted or asked_to_stop(trainer, stop)  # now it costs no step
             if trainer.stopped and not logged:
                 log.write()
             if trainer.stopped:
@@ -154,12 +157,31 @@ def evaluation_due(trainer: Trainer) -> bool:
     return trainer.eval_records is not None and (trainer.finished or bool(every and trainer.step % every == 0))
 
 
-def evaluate(trainer: Trainer, log: Journal) -> None:
-    """Log what the held-out data says, and let all know that follow it."""
+def asked_to_stop(trainer: Trainer, stop: StopSignals) -> bool:
+    """Whether a signal came to any process of a run that has steps left. Collective."""
+    return trainer.ranks.any(stop.requested) and not trainer.finished
+
+
+def evaluate(trainer: Trainer, log: Journal, stop: StopSignals) -> None:
+    """Log what the held-out data says, and let all know that follow it; not when a signal comes before it has said it."""
     with trainer.timed("evaluate"):
-        figures = trainer.evaluate()
+        figures = held_out(trainer, stop)
+    if figures is None:
+        return log.print(f"{stop.name}: the evaluation at step {trainer.step} is left out")
     log.add(figures)
     if trainer.args.watches_evaluations:
         trainer.best.update(trainer.step, figures)
     trainer.callbacks.call("on_evaluate", trainer, figures)
     trainer.after_evaluation(log)
+
+
+def held_out(trainer: Trainer, stop: StopSignals) -> dict[str, float] | None:
+    """What the held-out data says; None when a signal has ended that, which leaves no trace in the trainer."""
+    if len(trainer.ranks) > 1:  # the others would wait
+        return trainer.evaluate()
+    before, random = dict(vars(trainer)), rng_state()
+    figures = stop.unless_requested(trainer.evaluate)
+    if figures is None:
+        vars(trainer).update(before)
+        set_rng_state(random)
+    return figures

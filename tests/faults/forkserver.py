@@ -1,13 +1,14 @@
 """Runs of ``rlhf-fast`` that die where they are told to, each in a fork of one process that has imported everything.
 
 ``python forkserver.py`` reads one JSON object a line, ``{"argv": [...], "fault": [moment, n, what], "log": path}``, runs the
-command in a child, and answers ``{"signal", "code", "ticks", "after"}``: how it ended, and how often each moment came, in all
-and after the fault. At the n-th ``moment`` the child gets a signal (``what`` is SIGKILL, SIGTERM or SIGINT) or an OSError (the
-name of its number, as ENOSPC). A run that ends writes ``digest.json`` into its folder.
+command in a child, and answers ``{"signal", "code", "ticks", "after", "seconds"}``: how it ended, how often each moment came, in
+all and after the fault, and how long the run went on after it. At the n-th ``moment`` the child gets a signal (``what`` is SIGKILL,
+SIGTERM or SIGINT, or several of them) or an OSError (the name of its number, as ENOSPC). A run that ends writes ``digest.json`` into its folder.
 
 Moments: ``save.begin``, ``save.op`` (each call that touches the disk within a save), ``save.end``, ``rollout`` (each pass of the
 model while sampling), ``micro`` (each backward pass, before it), ``backward`` (after it), ``optimizer`` (before each step),
-``stepped`` (after it), ``log``, ``evaluate``, ``evaluated``.
+``stepped`` (after it), ``log``, ``evaluate``, ``held_out`` (each pass of an evaluation), ``evaluated``; before the first step
+``reference`` (passes over the data for it) and ``rehearse`` (the trial of the largest micro-batch).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from rlhf_fast import cli
 from rlhf_fast.rewards.experience import ScoredRollouts
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.metrics import MetricsLog
-from rlhf_fast.trainers import loop, resume
+from rlhf_fast.trainers import loop, memory, reference, resume
 from rlhf_fast.trainers.trainer import Trainer
 
 METHODS = tuple(name for name, command in cli.COMMANDS.items() if command.group == "train")
@@ -50,7 +52,8 @@ class Moments:
         self.counts: Counter[str] = Counter()
         self.after: Counter[str] = Counter()
         self.moment, self.number, self.what = fault or (None, 0, "")
-        self.saving = self.sampling = False
+        self.saving = self.sampling = self.evaluating = False
+        self.since: float | None = None  # when it was disturbed
 
     def tick(self, moment: str) -> None:
         self.counts[moment] += 1
@@ -58,8 +61,10 @@ class Moments:
             self.after[moment] += 1
         if (moment, self.counts[moment]) != (self.moment, self.number):
             return
+        self.since = time.monotonic()
         if self.what.startswith("SIG"):
-            os.kill(os.getpid(), signal.Signals[self.what])
+            for name in self.what.split():
+                os.kill(os.getpid(), signal.Signals[name])
         else:
             number = getattr(errno, self.what)
             raise OSError(number, os.strerror(number))
@@ -106,7 +111,10 @@ class Moments:
         self.around(Accelerator, "backward", "micro", "backward")
         self.around(AcceleratedOptimizer, "step", "optimizer", "stepped")
         self.around(MetricsLog, "log", "log")
-        self.around(loop, "evaluate", "evaluate", "evaluated")
+        self.around(loop, "evaluate", "evaluate", "evaluated", flag="evaluating")
+        self.within(torch.nn.Embedding, "forward", "evaluating", "held_out")
+        self.around(memory, "rehearse", "rehearse")
+        self.around(reference, "response_logprobs", "reference")
 
 
 def note_what_is_consumed() -> None:
@@ -183,7 +191,8 @@ def run(job: dict[str, Any], pipe: int) -> int:
     note_what_is_consumed()
     cli._report = lambda *_: None  # plots take longer than the run
     code = cli.main(job["argv"])
-    os.write(pipe, json.dumps({"ticks": moments.counts, "after": moments.after}).encode())
+    seconds = 0.0 if moments.since is None else time.monotonic() - moments.since
+    os.write(pipe, json.dumps({"ticks": moments.counts, "after": moments.after, "seconds": seconds}).encode())
     return code
 
 
