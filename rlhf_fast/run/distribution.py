@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from rlhf_fast.errors import RolloutError, UserError
 
 T = TypeVar("T")
+BUCKET_BYTES = 64 << 20  # of gradients sent at a time
+LEFT = "rlhf_fast/left"  # where a rank that leaves alone says why, in the store that ranks meet by
 
 
 class Ranks:
@@ -57,6 +62,32 @@ class Ranks:
         """Whether ``flag`` is set on any rank. Collective."""
         return self.sum(float(flag))[0] > 0
 
+    @torch.no_grad()
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Give all ranks the mean of their gradients; who has none counts as 0 where another has one. Collective."""
+        if len(self) == 1:
+            return
+        found = self.sum(*(float(p.grad is not None) for p in parameters))
+        some = [p for p, count in zip(parameters, found) if count]
+        for p in some:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for bucket in _buckets([p.grad for p in some]):
+            mean = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in bucket]), "mean")
+            for gradient, part in zip(bucket, mean.split([g.numel() for g in bucket])):
+                gradient.copy_(part.view_as(gradient))
+
+    def leave(self, why: str) -> None:
+        """Say why this rank ends alone, to those that wait for it in a collective call and will fail there."""
+        _store().set(LEFT, f"process {self.index}: {why}")
+
+    def left(self) -> str | None:
+        """What a rank has said that has left, if one has."""
+        try:
+            return _store().get(LEFT).decode() if _store().check([LEFT]) else None
+        except RuntimeError:  # the rank that kept the store has gone too
+            return None
+
     def together(self, work: Callable[[], T]) -> T:
         """What ``work`` gives here, once it has succeeded on every rank. Collective.
 
@@ -96,6 +127,22 @@ class Ranks:
         if len(self) > 1:
             broadcast_object_list(results)
         return results[0]
+
+
+def _store() -> torch.distributed.Store:
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """``gradients`` in their order, neighbours of one dtype together up to ``BUCKET_BYTES``."""
+    for _, group in itertools.groupby(gradients, lambda g: g.dtype):
+        bucket: list[Tensor] = []
+        for gradient in group:
+            if bucket and sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket.append(gradient)
+        yield bucket
 
 
 def _kind(error: Exception) -> type[Exception]:

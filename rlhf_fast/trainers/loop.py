@@ -101,6 +101,8 @@ def optimizer_step(trainer: Trainer, indices: list[int]) -> None:
     records = [trainer.records[i] for i in indices]
     window = trainer.window(records)
     memory.halving(trainer, records, lambda parts: accumulate(trainer, parts, window))
+    if not trainer.sharded:
+        trainer.ranks.average_gradients(trainer.parameters)
     norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, trainer.args.max_grad_norm or math.inf)
     apply(trainer, sharding.gathered(norm).to(trainer.accelerator.device), records, window)
     trainer.tokens_seen += sum(len(e) for record in records for e in trainer.examples(record))
@@ -114,10 +116,10 @@ def optimizer_step(trainer: Trainer, indices: list[int]) -> None:
 def accumulate(trainer: Trainer, parts: list[list[Any]], window: Window) -> None:
     """Add up the gradients of a window's micro-batches. Nothing here waits for the device."""
     world, idle = len(trainer.ranks), trainer.idle_passes(len(parts))
-    for number, part in enumerate(parts, start=1):
-        # ranks may differ in how many they have: gradients meet once, in the last one of each. Sharded ones meet each time:
-        # whole, they would soon be too much
-        hold = number < len(parts) and world > 1 and not trainer.sharded
+    # replicas meet afterwards, once all have come through: a process without enough memory leaves no other waiting. Sharded
+    # gradients meet each time: whole, they would soon be too much
+    hold = world > 1 and not trainer.sharded
+    for part in parts:
         with trainer.accelerator.no_sync(trainer.model) if hold else contextlib.nullcontext():
             for loss, metrics, weight in trainer.losses(part, window):
                 # gradients are averaged over ranks; the denominator already counts them all

@@ -174,42 +174,81 @@ def check(trainer: Trainer) -> None:
 
 
 def halving(trainer: Trainer, records: list[Any], accumulate: Callable[[list[list[Any]]], None]) -> None:
-    """Call ``accumulate`` with the micro-batches of a window; if memory runs out, anew with such of half the size.
+    """Call ``accumulate`` with the micro-batches of a window; if memory runs out, anew with such of half the size. Collective.
 
     Losses are sums over the window's own denominator, so the gradient does not depend on the split. The smaller size stays
-    for the rest of the run.
+    for the rest of the run. Where one process of several runs out, all begin again.
 
     Raises:
-        UserError: a single record does not fit, or one process of several has run out: the others wait for its gradients.
+        UserError: a single record does not fit, or weights are sharded: their passes take all processes, and the others wait
+            inside one.
     """
     while True:
         parts = trainer.micro_batches(records)
-        before, figures = dict(vars(trainer)), trainer.metrics.state()
+        before, figures, short = dict(vars(trainer)), trainer.metrics.state(), None
         try:
-            return accumulate(parts)
+            accumulate(parts)
         except torch.OutOfMemoryError as error:
-            said = str(error).splitlines()[0]
+            short = _Shortage.of(trainer, parts, str(error).splitlines()[0])
+        except RuntimeError as error:
+            if len(trainer.ranks) > 1 and (why := trainer.ranks.left()):
+                raise UserError(why) from error
+            raise
         # outside of the handler, whose traceback holds the pass that did not fit
+        if short is not None and trainer.sharded and len(trainer.ranks) > 1:
+            why = f"{short.what}, and of sharded weights a pass takes all processes; {short.remedy}"
+            trainer.ranks.leave(why)
+            raise UserError(why)
+        if trainer.sharded or not trainer.ranks.any(short is not None):
+            return
         vars(trainer).update(before)  # what the losses noted down
         trainer.metrics.load_state(figures)
         trainer.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _halve(trainer, parts, said)
+        _halve(trainer, [x for x in trainer.ranks.gather([short]) if x is not None])
 
 
-def _halve(trainer: Trainer, parts: list[list[Any]], said: str) -> None:
-    tokens = max(map(trainer.tokens, parts))
-    smallest = max(trainer.tokens([record]) for part in parts for record in part)
-    what = f"out of memory at step {trainer.step + 1}, in a micro-batch of {tokens:,} tokens"
-    if tokens <= smallest:
-        raise UserError(f"{what}, one record; {_remedy(trainer, job_of(trainer))}. The device said: {said}")
-    fewer = max(smallest, tokens // 2)
-    if len(trainer.ranks) > 1:
-        raise UserError(f"{what}; go on with --resume and micro_batch_tokens {fewer}. The device said: {said}")
-    _refuse_by_chance(trainer, what, fewer)
-    trainer.micro_batch_tokens = fewer
-    logger.warning("%s: the step begins again with micro_batch_tokens %d, and so it stays", what, fewer)
+@dataclass
+class _Shortage:
+    """A micro-batch that one process had no memory for."""
+
+    tokens: int  # of its largest micro-batch
+    smallest: int  # tokens of its largest record
+    what: str
+    one_record: str  # what to change where that is one record
+    said: str  # by the device
+
+    @classmethod
+    def of(cls, trainer: Trainer, parts: list[list[Any]], said: str) -> _Shortage:
+        tokens = max(map(trainer.tokens, parts))
+        smallest = max(trainer.tokens([record]) for part in parts for record in part)
+        where = f" in process {trainer.ranks.index}" if len(trainer.ranks) > 1 else ""
+        what = f"out of memory at step {trainer.step + 1}{where}, in a micro-batch of {tokens:,} tokens"
+        return cls(tokens, smallest, what, _remedy(trainer, job_of(trainer)), said)
+
+    @property
+    def fewer(self) -> int:
+        """Tokens of half a micro-batch, or of a record."""
+        return max(self.smallest, self.tokens // 2)
+
+    @property
+    def remedy(self) -> str:
+        if self.tokens <= self.smallest:
+            return f"it is one record; {self.one_record}. The device said: {self.said}"
+        return f"go on with --resume and micro_batch_tokens {self.fewer}. The device said: {self.said}"
+
+
+def _halve(trainer: Trainer, shortages: list[_Shortage]) -> None:
+    for short in shortages:
+        if short.tokens <= short.smallest:
+            raise UserError(f"{short.what}, one record; {short.one_record}. The device said: {short.said}")
+    worst = min(shortages, key=lambda short: short.fewer)
+    _refuse_by_chance(trainer, worst.what, worst.fewer)
+    trainer.micro_batch_tokens = worst.fewer
+    if trainer.accelerator.is_main_process:
+        told = "%s: the step begins again with micro_batch_tokens %d, and so it stays"
+        logger.warning(told, worst.what, worst.fewer)
 
 
 def _refuse_by_chance(trainer: Trainer, what: str, fewer: int) -> None:

@@ -24,6 +24,8 @@ PAIRS = [{"prompt": e["prompt"], "chosen": e["completion"], "rejected": "no " + 
 LABELLED = [{**e, "label": i % 3 > 0} for i, e in enumerate(EXAMPLES)]
 PROMPTS = [{"prompt": f"{i} "} for i in range(3)]
 
+ASK = [{"prompt": r["prompt"]} for r in EXAMPLES]
+
 
 def cases(folder: Path, model: Path, processes: int, servers: list[str]) -> dict:
     """The same global batch: 8 examples, or 2 groups of 4 responses. The last windows are ragged or a single row.
@@ -67,13 +69,13 @@ def cases(folder: Path, model: Path, processes: int, servers: list[str]) -> dict
         "reward full": ("reward", PAIRS, {**pairs, "num_heads": 3}),
         # 9 rows: a last window with fewer rows than processes
         "sft one row": ("sft", EXAMPLES[:9], sft),
-        "ppo full": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "normalize_rewards": True}),
+        "ppo full": ("ppo", ASK, {**ppo, "normalize_rewards": True}),
         "safe ppo": (
             "safe-ppo",
-            [{"prompt": r["prompt"]} for r in EXAMPLES],
+            ASK,
             {**ppo, "cost_funcs": [{"name": "length", "max": 3}], "lambda_lr": 1.0},
         ),
-        "ppo lora": ("ppo", [{"prompt": r["prompt"]} for r in EXAMPLES], {**ppo, "use_peft": True}),
+        "ppo lora": ("ppo", ASK, {**ppo, "use_peft": True}),
     }
     short = {"micro_batch_tokens": 60, "memory_check": True, "num_train_epochs": 2, "learning_rate": 1e-2}
     table |= {
@@ -81,9 +83,17 @@ def cases(folder: Path, model: Path, processes: int, servers: list[str]) -> dict
         "kto short": ("kto", LABELLED, {**pairs, **short}),
         "aot short": ("dpo", PAIRS, {**pairs, **short, "loss_type": "aot"}),
     }
+    halved = {"micro_batch_tokens": 60, "num_train_epochs": 2, "learning_rate": 1e-2}
+    table |= {
+        "sft halved": ("sft", EXAMPLES, {**sft, **halved}),
+        "ppo halved": ("ppo", ASK, {**ppo, **halved, "use_peft": True, "num_train_epochs": 1, "learning_rate": 1e-3}),
+        "sft too long": ("sft", EXAMPLES, {**sft, **halved}),
+        "ppo alarmed": ("ppo", ASK, {**ppo, "alarm_limits": {"kl": 1e-9}}),
+    }
+    held = {"short": 25, "halved": 15, "long": 3}
     return {
         name: {
-            **({"last_holds": 25} if "short" in name else {}),
+            **({"last_holds": held[name.split()[-1]]} if name.split()[-1] in held else {}),
             "kind": kind,
             "model": str(model),
             "rows": rows,
@@ -111,7 +121,7 @@ def results(tmp_path_factory, tokenizer):
         )
         workers += start(path, processes)
     try:
-        said = [worker.communicate(timeout=300)[0] for worker in workers]
+        said = [worker.communicate(timeout=600)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -180,7 +190,7 @@ def save_model(folder, tokenizer):
 
 
 SAME = ["sft full", "sft lora", "dpo full", "kto lora", "reward full"]
-SAME += ["sft short", "kto short", "aot short"]
+SAME += ["sft short", "kto short", "aot short", "sft halved", "ppo halved"]
 SAME += ["grpo served", "grpo full", "grpo lora", "grpo whitened", "grpo batch", "ppo full", "ppo lora"]
 
 
@@ -249,8 +259,27 @@ def test_the_kl_controller_is_one_for_all_ranks(results):
     assert coefficients[1] == pytest.approx(coefficients[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sft short", "kto short", "aot short"])
+@pytest.mark.parametrize("name", ["sft short", "kto short", "aot short", "sft halved", "ppo halved"])
 def test_what_one_process_has_no_memory_for_is_halved_on_all(name, results):
-    """60 tokens do not fit into the last one, nor do 30; nobody waits for a process that stopped half way."""
+    """60 tokens do not fit into the last one, nor do 30, before the run or in it; nobody waits for who stopped half way."""
     _, first, last = results[name]
-    assert first["budget"] == last["budget"] <= 25
+    assert first["budget"] == last["budget"] <= (15 if "halved" in name else 25)
+
+
+def test_a_record_that_one_process_has_no_memory_for_ends_both_with_its_sentence(results):
+    both = [r["error"] for r in results["sft too long"][1:]]
+    assert both[0] == both[1]
+    assert both[0][0] == "UserError"
+    assert (
+        "out of memory at step 1 in process 1, in a micro-batch of" in both[0][1] and "one record; set " in both[0][1]
+    )
+
+
+def test_an_alarm_is_that_of_all_processes_and_ends_them_with_one_sentence(results):
+    """The figure is the mean over the tokens of both; either alone has another."""
+    one, first, second = (r["error"] for r in results["ppo alarmed"])
+    assert first == second
+    assert first[0] == "StepRefused" and "step 4 is not taken: the policy is" in first[1]  # the first pass warms up
+    assert "(saved at step 3; continue with --resume)" in first[1]
+    figures = [float(e[1].partition("the policy is ")[2].partition(" nats")[0]) for e in (one, first)]
+    assert figures[1] == pytest.approx(figures[0], rel=2e-2)

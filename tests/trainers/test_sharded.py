@@ -41,6 +41,7 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
         "kto lora": ("kto", LABELLED, {"use_peft": True, "num_train_epochs": 2, "learning_rate": 1e-2}),
         "grpo full": ("grpo", PROMPTS, grpo),
         "grpo lora": ("grpo", PROMPTS, {**grpo, **dynamic, "use_peft": True}),
+        "sft starved": ("sft", EXAMPLES, {"packing": False}),
         "ppo full": ("ppo", ASK, {**ppo, "normalize_rewards": True}),
         "ppo lora": ("ppo", ASK, {**ppo, **head}),
     }
@@ -50,7 +51,7 @@ def cases(folder: Path, model: Path, processes: int) -> dict:
             "model": str(model),
             "rows": rows,
             "evaluate": 3,
-            "resume_from": 1 if processes > 1 else None,
+            **({"last_holds": 9} if name == STARVED else {"resume_from": 1 if processes > 1 else None}),
             "settings": {**common, **more, "output_dir": str(folder / name.replace(" ", "-"))},
         }
         for name, (kind, rows, more) in table.items()
@@ -69,7 +70,9 @@ def finished(tmp_path_factory, tokenizer):
         for processes in (1, 2):
             path = folder / f"cases-of-{processes}.json"
             table = cases(folder / str(processes), folder / "model", processes)
-            path.write_text(json.dumps({name: case for name, case in table.items() if (name not in QUICK) == slow}))
+            # who runs out of memory leaves the others, and nothing can come after it
+            names = sorted((n for n in table if (n not in QUICK) == slow), key=lambda n: n == STARVED)
+            path.write_text(json.dumps({name: table[name] for name in names}))
             workers += start(path, processes, SHARDED if processes > 1 else {})
         try:
             said = [worker.communicate(timeout=900)[0] for worker in workers]
@@ -88,8 +91,13 @@ def noted(folder: Path, name: str) -> list[dict]:
     return [json.loads(path.read_text())[name] for path in notes]
 
 
-QUICK = ("sft full", "dpo full", "grpo lora")
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in cases(Path(), Path(), 1)]
+STARVED = "sft starved"
+QUICK = ("sft full", "dpo full", "grpo lora", STARVED)
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in cases(Path(), Path(), 1)
+    if name != STARVED
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,6 +130,15 @@ def test_what_a_sharded_run_saves_is_the_model_of_one_process(name, finished):
         for key, tensor in whole.items():
             torch.testing.assert_close(gathered[key], tensor, atol=2e-5, rtol=1e-4)
     assert (mine / "rlhf_fast.json").read_text() == (theirs / "rlhf_fast.json").read_text()
+
+
+def test_a_process_without_enough_memory_ends_all_with_its_sentence(finished):
+    """The other one is in the middle of a pass, which it cannot make alone; it is told why."""
+    first, last = (r["error"] for r in noted(finished(STARVED), STARVED)[1:])
+    assert last[0] == first[0] == "UserError"
+    assert last[1].startswith("out of memory at step 1 in process 1, in a micro-batch of")
+    assert "of sharded weights a pass takes all processes; go on with --resume and micro_batch_tokens" in last[1]
+    assert first[1] == f"process 1: {last[1]}"
 
 
 @pytest.mark.parametrize(
