@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.losses.policy import LOSS_TYPES, Options, check, sapo_gate, unbiased_kl, vespo_gate
+from rlhf_fast.kernels import BACKENDS, available, use_backend
+from rlhf_fast.losses.policy import (
+    LOSS_TYPES,
+    Options,
+    check,
+    group_policy_loss,
+    sapo_gate,
+    unbiased_kl,
+    vespo_gate,
+)
 
 # two responses: three tokens of which the second is masked (and unreadable), and two
 LOG_RATIOS = [0.3, math.nan, -0.7, 0.2, 0.1]
@@ -48,6 +57,48 @@ def test_gates_are_1_where_the_policy_has_not_moved_and_finite_wherever_it_went(
     for far in (-300.0, 300.0):
         gates = gate(function, [far] * 5, [1.0] * 3 + [-1.0] * 2)
         assert max(gates) < 1e-6 and min(gates) >= 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", ["sapo", "vespo"])
+def test_a_gated_loss_is_its_paper_s_on_every_backend(loss_type, backend):
+    """Loss, gradient and KL beside a loop in plain floats: gates, REINFORCE, means over responses (SAPO) or tokens (VESPO)."""
+    device = "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+    if reason := available("policy", backend, "policy_loss", torch.zeros(1, device=device)):
+        pytest.skip(f"{backend}: {reason}")
+    o = Options()
+    new, old, reference = [-1.0, math.nan, -2.0, -0.5, -1.5], [-1.3, -1.0, -1.3, -0.7, -1.6], [-1.2] * 5
+    advantages, responses = [1.5] * 3 + [-0.5] * 2, [[0, 2], [3, 4]]
+    loss, kl, slopes, mean_kl = 0.0, 0.0, [0.0] * 5, 0.0
+    for response in responses:
+        w_all = math.exp(sum(new[t] - old[t] for t in response))
+        for t in response:
+            ratio, a = math.exp(new[t] - old[t]), advantages[t]
+            tau = o.sapo_temperature_pos if a > 0 else o.sapo_temperature_neg
+            k, decay = (o.vespo_k_pos, o.vespo_lambda_pos) if a >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
+            p = 1 / (1 + math.exp(-tau * (ratio - 1)))
+            gate = 4 * p * (1 - p) * ratio if loss_type == "sapo" else w_all**k * math.exp(decay * (1 - w_all))
+            share = 1 / (2 * len(response)) if loss_type == "sapo" else 1 / 4
+            d = reference[t] - new[t]
+            loss += -gate * a * new[t] * share
+            kl += 0.3 * (math.exp(d) - d - 1) * share
+            mean_kl += (math.exp(d) - d - 1) / 4
+            slopes[t] = (-gate * a + 0.3 * (1 - math.exp(d))) * share
+    numbers = [torch.tensor(x, device=device) for x in (new, old, advantages)]
+    numbers[0].requires_grad_()
+    with use_backend(backend):
+        got, metrics = group_policy_loss(
+            *(loss_type, *numbers, MASK.to(device), o),
+            ref_logprobs=torch.tensor(reference, device=device),
+            beta=0.3,
+            unbiased=False,
+            denominator=2.0 if loss_type == "sapo" else 4.0,
+            cu_seqlens=ENDS.to(device),
+        )
+        got.backward()
+    assert float(got.detach()) == pytest.approx(loss + kl, rel=1e-5)
+    assert float(metrics["kl"]) == pytest.approx(mean_kl, rel=1e-5)
+    assert numbers[0].grad.tolist() == pytest.approx(slopes, rel=1e-5, abs=1e-7)
 
 
 def test_the_unbiased_kl_has_the_kl_s_gradient_under_any_policy_that_sampled():

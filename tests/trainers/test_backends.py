@@ -30,6 +30,8 @@ LABELLED = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 3 > 
 PROMPTS = [{"prompt": p} for p in SCRIPT]
 GRPO = {"num_generations": 4, "num_iterations": 2, "beta": 0.1, "epsilon": 0.01, "scale_rewards": "whiten"}
 SOFT = {"num_generations": 4, "num_iterations": 2, "beta": 0.1}
+# its gate multiplies the ratios of all tokens of a response: a step of 0.02 would turn rounding of the last bit into 1e-5
+VESPO = {"loss_type": "vespo", "vespo_k_pos": 1.5, "learning_rate": 0.002}
 PPO = {"num_ppo_epochs": 2, "entropy_coef": 0.01, "beta": 0.1, "whiten_rewards": True, "missing_eos_penalty": 1.0}
 KINDS = {
     "sft": (
@@ -44,6 +46,7 @@ KINDS = {
     "grpo": (GRPOTrainer, GRPOConfig, GRPO, PROMPTS),
     "gspo": (GRPOTrainer, GRPOConfig, {**GRPO, "loss_type": "grpo", "importance_sampling_level": "sequence"}, PROMPTS),
     "sapo": (GRPOTrainer, GRPOConfig, {**SOFT, "loss_type": "sapo", "sapo_temperature_pos": 3.0}, PROMPTS),
+    "vespo": (GRPOTrainer, GRPOConfig, {**SOFT, **VESPO}, PROMPTS),
     "ppo": (PPOTrainer, PPOConfig, PPO, PROMPTS),
 }
 
@@ -60,7 +63,8 @@ def test_fused_trains_as_its_definition(name, lora, sgd, make_model, tokenizer, 
     results = []
     for backend in ("auto", "reference"):
         online = {"reward_funcs": letters, "engine": scripted(SCRIPT)} if rows is PROMPTS else {}
-        args = config(**settings(max_steps=4, learning_rate=0.02, per_device_train_batch_size=8, **options))
+        common = {"max_steps": 4, "learning_rate": 0.02, "per_device_train_batch_size": 8}
+        args = config(**settings(**{**common, **options}))
         with use_backend(backend):
             made = trainer_class(
                 make_model(),
