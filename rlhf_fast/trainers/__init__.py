@@ -1,1 +1,1 @@
-"""One file per algorithm, one loop for all: see ``trainer.py``."""
+"""One file per algorithm, one loop for all: ``trainer.py`` is what a run is made of, ``loop.py`` its steps."""

@@ -51,6 +51,8 @@ def test_rows_packed_together_train_no_first_token_and_restart_positions(tokeniz
     batch = TokenBatch.pack(examples)
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     assert batch.response_mask.tolist() == [False, True, True, True, True, True, False, True, True]
+    examples[1].response_mask[0] = True  # whoever claims that it is trained
+    assert TokenBatch.pack(examples).response_mask.tolist() == batch.response_mask.tolist()
 
 
 def test_weights_reach_the_examples(tokenizer):

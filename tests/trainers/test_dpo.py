@@ -114,7 +114,7 @@ def log_sigmoid(x):
     ],
 )
 def test_two_steps_equal_the_formula_on_plain_transformers(kinds, weights, smoothing, sgd, trainer, model, sums, run):
-    """An independent loop in plain PyTorch gives the second loss, and the weights after it."""
+    """An independent loop in plain PyTorch gives the second loss and its figures, and the weights after it."""
     twin = copy.deepcopy(model)
     average = kinds == ["ipo"]
     with torch.no_grad():
@@ -141,6 +141,11 @@ def test_two_steps_equal_the_formula_on_plain_transformers(kinds, weights, smoot
     result = run(made)
     assert result.losses == pytest.approx([float(x.detach()) for x in losses], abs=2e-5)
     assert abs(result.losses[0] - result.losses[1]) > 1e-3
+    if not average:  # what responses are worth is of sums, whatever the loss
+        rewards = {"chosen": 0.3 * w, "rejected": 0.3 * l, "margins": 0.3 * (w - l), "accuracies": (w > l).float()}
+        for name, values in rewards.items():
+            assert result.steps[1][f"rewards/{name}"] == pytest.approx(float(values.detach().mean()), abs=2e-4), name
+        assert result.steps[1]["rewards/margins"] > 0.01
     for name, parameter in twin.named_parameters():
         torch.testing.assert_close(result.weights[f"model.{name}"], parameter, atol=2e-5, rtol=0, msg=name)
 

@@ -141,6 +141,16 @@ def test_bco_centres_rewards_by_their_mean_over_all_steps_before(trainer, model,
     assert float(made.rewards[1]) == 30.0
 
 
+def test_bco_s_loss_is_of_rewards_less_that_mean(trainer, model, run):
+    """Of one pair, whose rewards are logged as they are: the loss of the third step follows from the two before."""
+    made = trainer(model, ROWS[:1], loss_type=["bco"], num_train_epochs=3, per_device_train_batch_size=1)
+    *before, last = [(s["rewards/chosen"], s["rewards/rejected"], s["loss"]) for s in run(made).steps]
+    shift = sum(chosen + rejected for chosen, rejected, _ in before) / 4
+    centred = torch.tensor([last[0] - shift, shift - last[1]])
+    assert last[2] == pytest.approx(float(-logsigmoid(centred).sum()), abs=1e-5)
+    assert abs(shift) > 0.05
+
+
 def test_a_resumed_run_of_bco_repeats_the_uninterrupted_one(trainer, make_model, run, settings):
     whole = run(trainer(make_model(), loss_type=["bco"], num_train_epochs=4))
     first = trainer(make_model(), loss_type=["bco"], num_train_epochs=4, save_steps=2)

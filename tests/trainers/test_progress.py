@@ -24,6 +24,7 @@ from rlhf_fast import (
 from rlhf_fast.run import times
 from rlhf_fast.trainers import memory
 from rlhf_fast.trainers.algorithm import Algorithm
+from rlhf_fast.trainers.progress import Schedule
 
 WORDS = ["a", "hello", "to be", "no", "well, well"]
 PAIRS = [{"prompt": f"{i} ", "chosen": w, "rejected": w[:1] + "?"} for i, w in enumerate(WORDS)]
@@ -59,6 +60,18 @@ def trainer(make_model, tokenizer, settings, scripted):
 
 
 # ---- the learning rate
+
+
+def test_a_schedule_by_hand():
+    """Five rows twice in rounds of four rows and two steps: 10 / 4 are 3 rounds, of which the last counts whole though it has
+    two rows. Steps that wait do not lie behind; with ``max_steps`` nothing but steps counts."""
+    plan = Schedule(rows=5, epochs=2, max_steps=-1, rows_per_round=4, steps_per_round=2)
+    assert (plan.total_rows, plan.total_steps) == (10, 6)
+    behind = [plan.position(9, drawn, waiting) for drawn, waiting in ((0, 0), (4, 1), (8, 0), (10, 1), (10, 0))]
+    assert behind == [0, 1, 4, 5, 6]
+    assert plan.position(9, 12, 0) == 6, "a few rows more fill the last windows"
+    fixed = Schedule(rows=5, epochs=2, max_steps=7, rows_per_round=4, steps_per_round=2)
+    assert (fixed.total_rows, fixed.total_steps, fixed.position(3, 99, 1)) == (math.inf, 7, 3)
 
 
 def test_the_schedule_goes_on_where_ppo_drops_passes(trainer, run):
