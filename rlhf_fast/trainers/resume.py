@@ -26,7 +26,7 @@ from rlhf_fast.run.checkpoint import (
 )
 from rlhf_fast.run.sharding import gathered, part, put, scattered
 
-from .upgrade import FORMAT, stamp, too_old, upgraded
+from .upgrade import FORMAT, reshape_moments, stamp, too_old, upgraded
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -155,6 +155,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     state = upgraded(state, state_of(trainer)) if earlier else state
     try:
         _put_in_place(trainer, state)
+        if earlier:
+            reshape_moments(trainer.optimizer)
     except (KeyError, TypeError) as error:
         if not earlier:
             raise

@@ -10,8 +10,11 @@ import functools
 import importlib.metadata
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from rlhf_fast.errors import UserError
 
@@ -61,6 +64,9 @@ def upgraded(state: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any
             f"{_version()}, reads up to {FORMAT}): update rlhf_fast, then --resume"
         )
     state = {**MEANT, **state, **stamp()}
+    if "weights" in state:  # a head was a vector before there were several on one base
+        shapes = {name: weight.shape for name, weight in here["weights"].items()}
+        state["weights"] = {n: in_shape(w, shapes.get(n, w.shape)) for n, w in state["weights"].items()}
     if taken := [name for name in TAKEN if name not in state]:
         logger.warning(
             "the checkpoint is of an earlier version and does not say which %s its run had: those of this run are taken",
@@ -72,6 +78,18 @@ def upgraded(state: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any
     if missing := list(_missing(state, here)):
         raise too_old(f"lacks {', '.join(missing)}")
     return state
+
+
+def in_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """``tensor`` in ``shape`` if they differ by dimensions of 1 alone, else as it is."""
+    same = [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]
+    return tensor.reshape(shape) if same else tensor
+
+
+def reshape_moments(optimizer: Optimizer) -> None:
+    """Give what an optimizer keeps of each parameter the parameter's shape, see :func:`in_shape`."""
+    for parameter, kept in optimizer.state.items():
+        kept.update({n: in_shape(x, parameter.shape) for n, x in kept.items() if n.startswith("exp_avg")})
 
 
 def too_old(why: str) -> UserError:

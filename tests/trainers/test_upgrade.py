@@ -97,6 +97,23 @@ def test_a_checkpoint_that_lacks_what_can_be_known_goes_on_to_the_same_end(name,
     assert "does not say which rows and reference and reward models and micro-batches its run had" in caplog.text
 
 
+def test_a_head_that_was_a_vector_goes_on_to_the_same_end(saved, make, run):
+    """Its moments in the optimizer too."""
+
+    def squeezed(state):
+        without()(state)
+        heads = [name for name in state["weights"] if name.startswith("heads.")]
+        assert heads
+        sizes = {state["weights"][name].shape for name in heads}
+        state["weights"] |= {name: state["weights"][name].squeeze(0) for name in heads}
+        for kept in state["optimizer"]["state"].values():
+            kept.update({n: x.squeeze(0) for n, x in kept.items() if n != "step" and x.shape in sizes})
+
+    folder, end = saved("ppo", squeezed)
+    again = run(make("ppo", max_steps=4), resume_from_checkpoint=str(folder))
+    assert all(torch.equal(again.weights[n], w) for n, w in end.weights.items())
+
+
 def other_field(state):
     without()(state)
     state["ranks"][0]["records"][0]["surprise"] = 1.0
