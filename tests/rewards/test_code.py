@@ -114,7 +114,9 @@ def test_an_old_bwrap_is_refused(sandbox, monkeypatch):
         (["--unshare-all", "--unshare-user", "--disable-userns"], None),  # bwrap itself refuses
         (["--seccomp"], "start a process"),
         (["--remount-ro"], "write to the root folder"),
-        (["--size"], "write more than its share"),
+        (["--size"], "write more than its share"),  # where unshare mounts nothing
+        (["size"], "write more than its share"),
+        (["nr_inodes"], "make more files than its share"),
         (["--clearenv"], "read the environment"),
     ],
 )
@@ -133,6 +135,15 @@ def test_a_sandbox_with_a_hole_fails_its_self_test(sandbox, monkeypatch, left_ou
                 kept.append(word)
         return kept if "--clearenv" not in left_out else [*kept, "--setenv", "SECRET", "x"]
 
+    mounted = launch.Bwrap._mounted
+
+    def holed_mount(self, limits):
+        *command, options = mounted(self, limits)
+        return [*command, ",".join(o for o in options.split(",") if o.partition("=")[0] not in left_out)]
+
     monkeypatch.setattr(launch.Bwrap, "_options", holed)
+    monkeypatch.setattr(launch.Bwrap, "_mounted", holed_mount)
+    if "--size" in left_out:
+        monkeypatch.setattr(launch.Bwrap, "_mounts", lambda self: False)
     with pytest.raises(UserError, match=escape or "cannot run here|is not safe here"):
         Code()

@@ -7,12 +7,14 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlhf_fast.rewards.grading import LocalGrader, task_from
 from rlhf_fast.rewards.sandbox import Bwrap, Failed, Limits, check_sandbox, wire
+from rlhf_fast.rewards.sandbox.launch import SCRATCH_FILES
 
 LIMITS = Limits(timeout=0.5, memory_mb=128, scratch_mb=4, output_kb=64)
 
@@ -130,6 +132,15 @@ def loot(sandbox: Bwrap, source: str, limits: Limits = LIMITS) -> object:
 def test_an_attack_is_contained(sandbox, name, monkeypatch):
     monkeypatch.setenv("SECRET_OF_THIS_TEST", "loot")
     assert not loot(sandbox, ATTACKS[name])
+
+
+def test_empty_files_come_to_an_end(sandbox):
+    """A million of them would take a gigabyte of the kernel's memory, and nothing of the file system's size."""
+    if not sandbox.counts_files:
+        pytest.skip("unshare cannot mount a file system here")
+    make = "for i in range(10**6): os.close(os.open(f'/tmp/{i}', os.O_CREAT))"
+    source = f"import os\ndef attack():\n    try:\n        {make}\n    except OSError: return len(os.listdir('/tmp'))"
+    assert SCRATCH_FILES - 8 < loot(sandbox, source, replace(LIMITS, timeout=20.0)) < SCRATCH_FILES
 
 
 def test_an_attack_that_nobody_stops_is_seen(sandbox):

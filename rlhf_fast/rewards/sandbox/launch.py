@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -17,8 +18,15 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.sandbox import seccomp
 from rlhf_fast.rewards.sandbox.process import Guest, Limits
 
+logger = logging.getLogger(__name__)
+
 NOBODY = "65534"
 OLDEST_BWRAP = (0, 8, 0)  # the first with --disable-userns
+SCRATCH_FILES = (
+    4096  # in a sandbox's /tmp: an empty one takes nothing of its size, but a kilobyte of the kernel's memory
+)
+# bwrap cannot limit their number, so a /tmp that does is mounted before it, where bwrap alone sees it: over /sys, which no one inside has
+MOUNT = 'mount -t tmpfs -o "$0" tmpfs /sys && exec "$@"'
 ELSEWHERE = (
     "There are the sandboxes `bwrap`, `docker` and `http://HOST:PORT`, a machine that runs `rlhf-fast code-runner`"
 )
@@ -28,6 +36,7 @@ class Sandbox(Protocol):
     """Starts guests."""
 
     filtered: bool  # whether code inside meets our own filter of system calls, and no /proc
+    counts_files: bool  # whether code inside can make so many files only
     hint: str  # what to try where it does not start
 
     def start(self, job: dict[str, Any], limits: Limits) -> Guest: ...
@@ -36,7 +45,8 @@ class Sandbox(Protocol):
 class Bwrap:
     """Namespaces without privileges: no network, no processes, no files but an interpreter's, a filter on system calls.
 
-    The file system is read-only: /usr, the interpreter if it lies elsewhere, /dev/null, and an empty /tmp of bounded size.
+    The file system is read-only: /usr, the interpreter if it lies elsewhere, /dev/null, and an empty /tmp of bounded size and
+    number of files (without the latter, and a warning, where ``unshare`` may not mount what ``bwrap`` may).
     There is no /proc and no /sys, the environment is empty, and the guest is process 1 of its own. Started by root,
     the sandbox is built by an ordinary user all the same (``setpriv`` drops to 65534 first).
 
@@ -70,9 +80,22 @@ class Bwrap:
             setpriv = _found("setpriv", "apt-get install util-linux")
             self._drop = [setpriv, "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--no-new-privs", "--"]
         self.python = _interpreter(python)
+        self._unshare = shutil.which("unshare")
+        self.counts_files = self._unshare is not None and self._mounts()
+        if not self.counts_files:
+            logger.warning("sandbox 'bwrap': unshare cannot mount a file system here; the number of files has no limit")
 
     def __repr__(self) -> str:
         return f"bwrap with {self.python}"
+
+    def _mounts(self) -> bool:
+        command = [*self._drop, *self._mounted(Limits()), "true"]
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+    def _mounted(self, limits: Limits) -> list[str]:
+        """The command before bwrap's, which puts a /tmp of limited size and number of files where bwrap takes it from."""
+        options = f"size={limits.scratch_mb}m,nr_inodes={SCRATCH_FILES},mode=1777,noexec,nosuid,nodev"
+        return [str(self._unshare), "--user", "--map-root-user", "--mount", "--", "sh", "-c", MOUNT, options]
 
     def start(self, job: dict[str, Any], limits: Limits) -> Guest:
         """A guest with this job, ready."""
@@ -80,7 +103,8 @@ class Bwrap:
         try:
             os.write(fd, self._filter)
             os.lseek(fd, 0, os.SEEK_SET)
-            command = [*self._drop, self._bwrap, *self._options(limits, fd), "--", self.python]
+            before = self._mounted(limits) if self.counts_files else []
+            command = [*self._drop, *before, self._bwrap, *self._options(limits, fd), "--", self.python]
             return Guest(command, job, limits, pass_fds=(fd,))
         finally:
             os.close(fd)
@@ -101,8 +125,15 @@ class Bwrap:
         if not prefix.is_relative_to("/usr"):
             options += ["--ro-bind", str(prefix), str(prefix)]
         options += ["--dev-bind", "/dev/null", "/dev/null"]
-        options += ["--size", str(limits.scratch_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-        return [*options, "--remount-ro", "/"]
+        own = ["--size", str(limits.scratch_mb << 20), "--tmpfs", "/tmp"]
+        return [
+            *options,
+            *(["--bind", "/sys", "/tmp"] if self.counts_files else own),
+            "--chdir",
+            "/tmp",
+            "--remount-ro",
+            "/",
+        ]
 
 
 class Docker:
@@ -116,7 +147,7 @@ class Docker:
         UserError: no ``docker``, no daemon that answers, or no such image.
     """
 
-    filtered = False
+    filtered, counts_files = False, True
     hint = "Does `docker run --rm --network none IMAGE python3 -V` work?"
 
     def __init__(self, image: str = "python:3.12-slim") -> None:
@@ -142,7 +173,12 @@ class Docker:
         # the interpreter and its files in /tmp, both in memory
         memory = f"{limits.memory_mb + limits.scratch_mb}m"
         options += ["--memory", memory, "--memory-swap", memory, "--log-driver", "none", "--pull", "never"]
-        options += ["--tmpfs", f"/tmp:size={limits.scratch_mb}m,nr_inodes=4096,noexec,nosuid", "--workdir", "/tmp"]
+        options += [
+            "--tmpfs",
+            f"/tmp:size={limits.scratch_mb}m,nr_inodes={SCRATCH_FILES},noexec,nosuid",
+            "--workdir",
+            "/tmp",
+        ]
         command = [self._docker, "run", *options, "--entrypoint", "python3", self.image]
         # the client may need DOCKER_HOST and its like, and passes nothing on; killing it leaves the container
         return Guest(command, job, limits, environment=os.environ, on_close=partial(self._remove, name))

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.rewards.sandbox import wire
-from rlhf_fast.rewards.sandbox.launch import ELSEWHERE, Sandbox
+from rlhf_fast.rewards.sandbox.launch import ELSEWHERE, SCRATCH_FILES, Sandbox
 from rlhf_fast.rewards.sandbox.process import Failed, Limits, SandboxFault
 
-# Runs inside, with HOST_FILE, a path of this machine, and FILTERED defined before it. An attack that is contained raises;
+# Runs inside, with HOST_FILE, a path of this machine, FILTERED and MOST_FILES defined before it. An attack that is contained raises;
 # escapes() returns the names of the others.
 PROBES = r"""
 import ctypes, os
@@ -42,6 +42,10 @@ def fill_the_disk():
             for _ in range(megabytes):
                 file.write(bytes(1 << 20))
 
+def make_files():
+    for i in range(MOST_FILES + 1):
+        os.close(os.open("/tmp/empty" + str(i), os.O_CREAT))
+
 def become_root():
     os.setuid(0)
     if os.getuid():
@@ -69,6 +73,9 @@ if FILTERED:
         "outlive its parent": lambda: system_call(157, 167, 1, 0, 0, 0, 0),
         "read /proc": lambda: os.stat("/proc/self"),
     }
+
+if MOST_FILES:
+    ATTACKS |= {"make more files than its share": make_files}
 
 def escapes():
     found = []
@@ -108,6 +115,7 @@ def check_sandbox(sandbox: Sandbox, limits: Limits) -> None:
 def _escapes(sandbox: Sandbox, limits: Limits) -> list[str]:
     with tempfile.NamedTemporaryFile() as file:
         known = {"HOST_FILE": file.name, "FILTERED": sandbox.filtered, "SCRATCH_MB": limits.scratch_mb}
+        known["MOST_FILES"] = SCRATCH_FILES if sandbox.counts_files else 0
         source = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBES
         with sandbox.start({"role": "call", "source": source}, replace(limits, timeout=10.0)) as guest:
             guest.send(("escapes", (), {}))
