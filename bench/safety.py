@@ -17,7 +17,6 @@ Right answers need a 7 about every fourth time, so reward and cost conflict ther
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import time
@@ -28,6 +27,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import rlhf_fast
+from bench.learning.curves import BLUE, GREY, ORANGE, Line, Panel, draw
+from bench.report import put_rows, read_text
 from rlhf_fast.data import prepare_prompts
 from rlhf_fast.data.tasks import forgetful_sums
 from rlhf_fast.models import load
@@ -51,7 +52,20 @@ KINDS: dict[str, dict[str, Any]] = {
 GUARD = {"max_steps": 30, "logging_steps": 1, "guard_reward": ["answer"], "guard_share": 1.0}
 EVALUATIONS = {"eval_steps": 2, "num_eval_prompts": HELD_OUT, "num_completions_to_print": 0}
 SAFE = {"cost_limit": LIMIT, "lambda_init": 1.0, "lambda_lr": 0.1, "logging_steps": 1}
-SAFE_STEPS = {"grpo": {"max_steps": 100}, "ppo": {"max_steps": 80, "critic_warmup_steps": 4}}
+# as many batches in both: PPO takes two steps on each
+SAFE_STEPS = {"grpo": {"max_steps": 100}, "ppo": {"max_steps": 200, "critic_warmup_steps": 4}}
+CURVES = {"cost": "cost", "lambda": "lambda", "guard/reward": "reward", "guard/kl": "KL"}  # of a run's own log -> name
+LINES = (Line("ppo", "Safe PPO", BLUE), Line("grpo", "GRPO", ORANGE))
+LEVEL = Line("", "limit", GREY, style="--")
+FIGURES = {
+    "safe": (
+        Panel("safe", "cost", "Mean cost of a batch", (*LINES, LEVEL), "batches of 128 responses"),
+        Panel("safe", "lambda", "lambda", LINES, "batches of 128 responses"),
+        Panel("safe", "reward", "Reward, mean of 256 responses", LINES, "batches of 128 responses"),
+        Panel("safe", "KL", "KL from the SFT model, nats per response", LINES, "batches of 128 responses"),
+    )
+}
+KEY = ("kind", "seed")
 
 
 def sevens(completions: list[str], **_: Any) -> list[float]:
@@ -80,8 +94,10 @@ def main() -> None:
             for seed in map(int, args.seeds.split(",")):
                 began = time.process_time()
                 row = {"kind": kind, "seed": seed, **parts[part](Lab(args.out, seed), kind)}
-                add_row(args.out / f"{part}.csv", {**row, "CPU seconds": round(time.process_time() - began)})
+                row["CPU seconds"] = round(time.process_time() - began)
+                put_rows(args.out / f"{part}.csv", [row], KEY, tuple(row))
         show(part, args.out / f"{part}.csv")
+    picture(args.out)
 
 
 class Lab:
@@ -144,6 +160,11 @@ def safe_run(lab: Lab, kind: str) -> dict[str, Any]:
     trainer.train()
     after = lab.judge(trainer.policy)
     rows = [r for r in read_metrics(trainer.args.output_dir) if "lambda" in r]
+    points = [
+        {"kind": kind, "seed": lab.seed, "batch": f"{batch:04}", **{name: r.get(key) for key, name in CURVES.items()}}
+        for batch, r in enumerate(rows, start=1)
+    ]
+    put_rows(lab.out.parent / "safe-curves.csv", points, (*KEY, "batch"), tuple(points[0]))
     last = rows[-len(rows) // 4 :]
     lambdas = [r["lambda"] for r in last]
     return {
@@ -158,23 +179,24 @@ def safe_run(lab: Lab, kind: str) -> dict[str, Any]:
     }
 
 
-def add_row(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(path) if path.is_file() else []
-    rows = [r for r in rows if (r["kind"], r["seed"]) != (row["kind"], str(row["seed"]))]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerows(sorted([*rows, row], key=lambda r: (r["kind"], str(r["seed"]))))
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def picture(out: Path) -> None:
+    """Cost, lambda, reward and KL of all Safe RLHF runs in ``out`` as PNG."""
+    rows = read_text(out / "safe-curves.csv")
+    cells = [
+        {"task": "safe", "trainer": kind, "variant": "", "library": "rlhf_fast", "seed": seed, "points": []}
+        for kind, seed in sorted({(row["kind"], row["seed"]) for row in rows})
+    ]
+    for cell in cells:
+        mine = [row for row in rows if (row["kind"], row["seed"]) == (cell["trainer"], cell["seed"])]
+        cell["points"] = [(int(r["batch"]), name, float(r[name])) for r in mine for name in CURVES.values() if r[name]]
+    if cells:
+        ends = [(x, "cost", LIMIT) for x in range(1, max(len(c["points"]) for c in cells) // len(CURVES) + 1)]
+        level = {**cells[0], "trainer": "", "points": ends}
+        draw([*cells, level], out, FIGURES, "safety")
 
 
 def show(part: str, path: Path) -> None:
-    rows = read_rows(path)
+    rows = read_text(path)
     print_table(part, [[cell(v) for v in r.values()] for r in rows], header=list(rows[0]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,22 @@ FIGURES = {
 }
 
 
-def draw(found: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def draw(
+    found: Sequence[dict[str, Any]],
+    folder: Path,
+    figures: Mapping[str, Sequence[Panel]] = FIGURES,
+    prefix: str = "learning",
+) -> list[Path]:
     """The figures that have any cells. Returns the files."""
     files: list[Path] = []
     seeds = len({cell["seed"] for cell in found})
     note = f"mean of up to {seeds} seeds, band of one standard error" if seeds > 1 else "one seed"
-    for name, panels in FIGURES.items():
+    for name, panels in figures.items():
         series = [
             [(line, points) for line in panel.lines if (points := average(found, panel, line))] for panel in panels
         ]
         for theme in THEMES if any(series) else ():
-            files.append(folder / f"learning-{name}-{theme}.png")
+            files.append(folder / f"{prefix}-{name}-{theme}.png")
             _figure(files[-1], panels, series, THEMES[theme], note)
     return files
 
