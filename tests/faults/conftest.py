@@ -37,6 +37,7 @@ SAMPLED = {
     "rows": [{"prompt": f"{i} "} for i in range(len(WORDS))],
     "reward_funcs": '{"name": "format", "pattern": "[aeiou]"}',
     "max_completion_length": 5,
+    "alarms": "off",  # so small a model moves by nats in a step, on purpose
 }
 PASSES = {"num_ppo_epochs": 2, "num_mini_batches": 2}
 COSTS = {"cost_funcs": '{"name": "format", "pattern": "[a-m]"}', "cost_limit": 0.3}
