@@ -1,4 +1,4 @@
-"""python -m bench.learning -o DIR [--tasks addition,preference] [--seeds 0,1,2] [--peers trl|none] [--results DIR] [--quick]
+"""python -m bench.learning -o DIR [--tasks addition,stories,preference] [--seeds 0,1,2] [--peers trl|none] [--results DIR] [--quick]
 
 Every cell that is done keeps a file in DIR, and a run that was killed goes on with those that have none, or were trained with other
 settings. The results are of all cells that are there; they are written at the end.

@@ -27,6 +27,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "ppo": {**PPO, "max_steps": 2 * 80, "max_completion_length": 5},
         "grpo": {**GRPO, "max_steps": 80, "max_completion_length": 5},
     },
+    "stories": {
+        "sft": {**SFT, "lr_scheduler_type": "constant_with_warmup", "max_steps": 2_000},  # at most
+        "ppo": {**PPO, "max_steps": 2 * 80, "max_completion_length": 32},
+        "grpo": {**GRPO, "max_steps": 80, "max_completion_length": 32},
+    },
     "preference": {
         "sft": {**SFT, "lr_scheduler_type": "cosine", "max_steps": 200},
         "reward": {**REWARD, **OFFLINE},
@@ -36,7 +41,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "grpo": {**GRPO, "max_steps": 40, "max_completion_length": 16},
     },
 }
-# SFT on addition stops early, as soon as it answers so many of 200 training prompts; the held-out ones have no say
+# on these SFT stops early, as soon as it answers so many of 200 training prompts; the held-out ones have no say
+STOPS = ("addition", "stories")
 ENOUGH = 0.4
 CHECKED_EVERY = 10  # steps
 RANDOM, FROZEN = "random reward", "kl_coef 20"
@@ -102,7 +108,7 @@ class Cell:
 
 def cells(tasks: Sequence[str], seeds: Sequence[int], peers: bool, quick: bool) -> Iterator[Cell]:
     """All cells, those first that others start from, the controls last."""
-    if "addition" not in tasks:  # the preference task goes on from there
+    if "preference" in tasks and "addition" not in tasks:  # which goes on from there
         yield from (Cell("addition", "sft", seed=seed, quick=quick) for seed in seeds)
     for controls in (False, True):
         for seed in seeds:

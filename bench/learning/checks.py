@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cells import FROZEN, RANDOM
+from .cells import FROZEN, RANDOM, STOPS
 
 NAMES = {
     "sft": "SFT",
@@ -77,7 +77,8 @@ def text(value: float, error: float = math.nan, signed: bool = False) -> str:
 def claims(found: Found) -> list[Claim]:
     """All that the cells which are there can support or refute."""
     made = [*of_sft(found)]
-    for task, metrics in {"addition": ("reward", "greedy accuracy"), "preference": ("reward", "quality")}.items():
+    right = ("reward", "greedy accuracy")
+    for task, metrics in {"addition": right, "stories": right, "preference": ("reward", "quality")}.items():
         made += [
             c for trainer in ("ppo", "grpo") for metric in metrics for c in of_a_gain(found, task, trainer, metric)
         ]
@@ -98,12 +99,15 @@ def claim(what: str, cells: Found, measure: Measure, holds: Callable[[float, flo
 
 
 def of_sft(found: Found) -> list[Claim]:
-    cells = chosen(found, "addition", "sft")
-    room, ends = "SFT's greedy accuracy leaves room, 0.30 to 0.70", "SFT's greedy answers end, more than 99%"
-    return [
-        *claim(f"addition: {room}", cells, lambda c: final(c, "greedy accuracy"), lambda m, e: 0.3 <= m <= 0.7, False),
-        *claim(f"addition: {ends}", cells, lambda c: final(c, "eos rate"), lambda m, e: m > 0.99, False),
-    ]
+    made = []
+    for task in STOPS:
+        cells = chosen(found, task, "sft")
+        room, ends = "SFT's greedy accuracy leaves room, 0.30 to 0.70", "SFT's greedy answers end, more than 99%"
+        made += claim(
+            f"{task}: {room}", cells, lambda c: final(c, "greedy accuracy"), lambda m, e: 0.3 <= m <= 0.7, False
+        )
+        made += claim(f"{task}: {ends}", cells, lambda c: final(c, "eos rate"), lambda m, e: m > 0.99, False)
+    return made
 
 
 def of_a_gain(found: Found, task: str, trainer: str, metric: str) -> list[Claim]:

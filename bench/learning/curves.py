@@ -55,6 +55,10 @@ FIGURES = {
         Panel("addition", "reward", "Addition: held-out reward", CONTROLLED),
         Panel("addition", "greedy accuracy", "Held-out greedy accuracy", CONTROLLED),
     ),
+    "stories": (
+        Panel("stories", "greedy accuracy", "Word problems: held-out greedy accuracy", RL),
+        Panel("stories", "groups scored alike", "GRPO's groups that teach nothing", (GRPO, TRL_GRPO)),
+    ),
     "preference": (
         Panel("preference", "reward", "Preference: reward model's score", RL),
         Panel("preference", "quality", "True quality, which no trainer sees", RL),

@@ -40,7 +40,8 @@ class PolicyJudge:
         self.prompts = prepare_prompts(task.held_out, tokenizer)[0]
         self.limit, self.opponent = limit, opponent
         learned = [] if reward_model is None else [RewardModel(reward_model)]
-        self.functions: list[Any] = [true_quality, "exact", *learned] if quality else ["exact"]
+        self.verifier = task.verifier
+        self.functions: list[Any] = [true_quality, task.verifier, *learned] if quality else [task.verifier]
         self.names = ["quality", "accuracy", "reward"] if quality else ["reward"]
         self.scores = torch.empty(0)  # of the last policy's samples: right or wrong, or their hidden quality
 
@@ -50,7 +51,7 @@ class PolicyJudge:
         )
         greedy = evaluate_policy(policy, self.prompts, self.functions, max_new_tokens=self.limit)
         self.scores = torch.tensor([next(iter(row["rewards"].values())) for row in sampled.samples]).view(-1, SAMPLES)
-        figures = {"eos rate": greedy["eos_rate"], "greedy accuracy": greedy["rewards/exact/mean"]}
+        figures = {"eos rate": greedy["eos_rate"], "greedy accuracy": greedy[f"rewards/{self.verifier}/mean"]}
         keys = [key for key in sampled if key.startswith("rewards/") and key.endswith("/mean")]
         for name, key in zip(self.names, keys):
             figures |= {f"greedy {name}": greedy[key], name: sampled[key]}

@@ -16,6 +16,7 @@ COLUMNS = ("task", "trainer", "variant", "library", "seed", "samples", "metric",
 # on the page, in this order; the CSV has all
 METRICS = {
     "addition": ("reward", "greedy accuracy", "preferred to SFT", "eos rate"),
+    "stories": ("reward", "greedy accuracy", "preferred to SFT", "eos rate"),
     "preference": (
         "pair accuracy",
         "Kendall tau",

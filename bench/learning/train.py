@@ -29,7 +29,7 @@ from rlhf_fast.models.scratch import new_model
 from rlhf_fast.rewards import evaluate_policy, resolve
 from rlhf_fast.run.metrics import read_metrics
 
-from .cells import BOTH, CHECKED_EVERY, ENOUGH, LORA, MODEL, RANDOM, TITLES, Cell
+from .cells import BOTH, CHECKED_EVERY, ENOUGH, LORA, MODEL, RANDOM, STOPS, TITLES, Cell
 from .judge import Figures, PolicyJudge, RewardJudge
 from .tasks import TASKS
 
@@ -65,13 +65,13 @@ class Lab:
         if cell.trainer != "sft":
             return self.trained("sft")
         # who has learned to add is shown the styles
-        return self.base if self.task == "addition" else Cell("addition", "sft", seed=self.seed).folder(self.out)
+        return self.base if self.task != "preference" else Cell("addition", "sft", seed=self.seed).folder(self.out)
 
     def reward(self, cell: Cell) -> Any:
         """What the cell maximises, as a spec that ``resolve`` understands."""
         if cell.variant == RANDOM:
             return {"name": "random", "seed": self.seed}
-        return "exact" if self.task == "addition" else str(self.trained("reward"))
+        return str(self.trained("reward")) if self.rows.pairs else self.rows.verifier
 
     def data(self, cell: Cell) -> list[dict]:
         rows = self.rows
@@ -98,11 +98,11 @@ class Lab:
             return RewardJudge(self.rows, self.tokenizer)
         if cell.trainer == "sft":
             return self.policy_judge()
-        reward_model = None if self.task == "addition" else self.trained("reward")
+        reward_model = self.trained("reward") if self.rows.pairs else None
         return self.policy_judge(reward_model=reward_model, opponent=self.opponent())
 
     def policy_judge(self, **more: Any) -> PolicyJudge:
-        return PolicyJudge(self.rows, self.tokenizer, self.limit, quality=self.task != "addition", **more)
+        return PolicyJudge(self.rows, self.tokenizer, self.limit, quality=bool(self.rows.pairs), **more)
 
     def enough(self) -> Callable[[Any], bool]:
         """Whether SFT has reached its goal on prompts of the training split."""
@@ -176,7 +176,8 @@ def train(cell: Cell, lab: Lab) -> dict[str, Any]:
     folder = cell.folder(lab.out)
     shutil.rmtree(folder, ignore_errors=True)
     judge, ours = lab.judge(cell), cell.library == "rlhf_fast"
-    enough = lab.enough() if (cell.task, cell.trainer) == ("addition", "sft") and not cell.quick else None
+    stops = cell.trainer == "sft" and cell.task in STOPS
+    enough = lab.enough() if stops and not cell.quick else None
     watch = Watch(cell, judge, view_of(cell, lab), enough)
     if not isinstance(judge, RewardJudge) and cell.trainer != "sft":  # where it starts
         watch.points += [(0, name, value) for name, value in judge(load(lab.start(cell))).items()]

@@ -14,8 +14,9 @@ from bench.learning.cells import Cell, cells
 from bench.learning.checks import claims, mean_and_error
 from bench.learning.curves import spread
 from bench.learning.judge import in_order, preferred
-from bench.learning.tasks import TASKS
+from bench.learning.tasks import GAINS, TASKS
 from rlhf_fast.data.tasks import quality
+from rlhf_fast.rewards import resolve
 
 SEED = 7
 
@@ -24,13 +25,32 @@ def operands(rows) -> set[frozenset]:
     return {frozenset(re.findall(r"\d+", row["prompt"])) for row in rows}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["addition", "preference"])
 def test_no_held_out_sum_nor_its_mirror_image_is_trained(task):
     rows = TASKS[task](SEED)
     trained = rows.demonstrations + rows.prompts + rows.pairs + rows.rankings
     assert len(rows.held_out) >= 300
     assert not operands(trained) & operands(rows.held_out)
     assert [r["prompt"] for r in rows.held_out_rankings] in ([], [r["prompt"] for r in rows.held_out])
+
+
+def test_a_held_out_story_has_numbers_of_its_own_and_is_worked_out_to_its_answer():
+    """A third has one, two and three steps each; what is worked out line by line ends in what the story says."""
+
+    def changes(row) -> tuple[int, ...]:
+        start, *told = re.findall(r"(\w+) (?:away )?(\d+)", row["prompt"])
+        return int(start[1]), *((1 if verb in GAINS else -1) * int(number) for verb, number in told)
+
+    rows = TASKS["stories"](SEED)
+    held_out = [changes(row) for row in rows.held_out]
+    assert sorted(map(len, held_out)) == [2] * 100 + [3] * 100 + [4] * 100
+    assert not set(held_out) & set(map(changes, rows.demonstrations + rows.prompts))
+    assert all(sum(changes(row)) == int(row["answer"]) >= 0 for row in rows.held_out)
+    for row in rows.demonstrations:
+        steps = row["completion"].strip().split(", ")
+        assert len(steps) == len(changes(row)) - 1
+        assert all(eval(step.replace("=", "==")) for step in steps)
+        assert resolve("answer")(completions=[row["completion"]], answer=[str(sum(changes(row)))]) == [1.0]
 
 
 def test_one_label_in_ten_is_false():
