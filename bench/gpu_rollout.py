@@ -14,7 +14,8 @@ from bench.report import read_text
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite
 
-TESTS = ["tests/rollout/test_graphs.py"]
+TESTS = ["tests/rollout/test_graphs.py", "tests/kernels/test_attention.py", "tests/kernels/test_gpu.py"]
+TESTS += ["-k", "graph or decode_attention or triton"]
 # ours first, as time may run out
 ORDER = ("slots", "generate", "continuous batching", "GenerateEngine", "generate, static cache")
 STAGES = {64: 240.0, 256: 200.0}  # sequences at a time -> seconds

@@ -19,28 +19,26 @@ from rlhf_fast.kernels.logprobs.triton_impl import INTERPRETED, LOG2_E, OPTIONS
 __all__ = ["decode_attention", "unsupported"]
 
 WIDEST = 256  # numbers of a head: more would not fit into registers beside the queries
-MOST_QUERIES = 64  # that share a key head
-LEAST = 16  # of every side of a matrix product on tensor cores
+LEAST = 16  # of every side of a matrix product on tensor cores; as many of the heads on a key head share a program
 SHARE = 512  # keys of a program
 
 
 def unsupported(op: str, *tensors: Tensor, **options) -> str | None:
     if any(x.shape[-1] > WIDEST for x in tensors):
         return f"heads are wider than {WIDEST}"
-    if len(tensors) > 1 and tensors[0].shape[1] > MOST_QUERIES * tensors[1].shape[1]:
-        return f"more than {MOST_QUERIES} heads share a key head"
     return logprobs.unsupported(op, *tensors)
 
 
-def tiling(width: int, value_width: int, queries: int, item_size: int) -> dict[str, int]:
-    """The launch options that follow from the widths of a head, the query heads of a key head and the bytes of a number."""
-    columns, value_columns, queries = (max(LEAST, triton.next_power_of_2(n)) for n in (width, value_width, queries))
+def tiling(width: int, value_width: int, item_size: int) -> dict[str, int]:
+    """The launch options that follow from the widths of a head and the bytes of a number."""
+    columns, value_columns = (max(LEAST, triton.next_power_of_2(n)) for n in (width, value_width))
     # a block of keys and one of values are on their way while another is worked on: 32 KB each at most in 16 bit. Tensor cores do
     # not multiply float32 exactly; without them more than 16 KB would spill registers
     block = 16384 // max(columns, value_columns) // (4 if item_size == 4 else 1)
     block = max(LEAST, min(128, block))
-    sizes = {"QUERIES": queries, "COLUMNS": columns, "VALUE_COLUMNS": value_columns, "BLOCK": block}
-    return {**sizes, "SHARE": SHARE, "num_warps": 4}
+    sizes = {"QUERIES": LEAST, "COLUMNS": columns, "VALUE_COLUMNS": value_columns, "BLOCK": block}
+    # a third stage would take more shared memory than a processor of the 3090, 4090 or 5090 has
+    return {**sizes, "SHARE": SHARE, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -81,13 +79,17 @@ def decode_kernel(
     BLOCK: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    """Programs (sequence, key head, share of the keys); with one share the result, else what :func:`combine_kernel` needs."""
-    sequence, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Programs (sequence, key head and some of its query heads, share of the keys); with one share the result, else what
+    :func:`combine_kernel` needs."""
+    sequence, share = tl.program_id(0), tl.program_id(2)
+    parts = tl.cdiv(group, QUERIES)
+    head = tl.program_id(1) // parts
     # what is longer than the host said has no programs
     length = tl.minimum(tl.load(lengths_ptr + sequence).to(tl.int32), longest)
     first = tl.maximum(length - window, 0)
     begin, end = share * SHARE, tl.minimum(share * SHARE + SHARE, length)
-    query, column, value_column = tl.arange(0, QUERIES), tl.arange(0, COLUMNS), tl.arange(0, VALUE_COLUMNS)
+    query = tl.program_id(1) % parts * QUERIES + tl.arange(0, QUERIES)
+    column, value_column = tl.arange(0, COLUMNS), tl.arange(0, VALUE_COLUMNS)
     mine, inside, value_inside = query < group, column < width, value_column < value_width
     written = mine[:, None] & value_inside[None, :]
     row = (sequence * heads + head * group + query).to(tl.int64)
@@ -171,7 +173,7 @@ def decode_attention(
     out = query.new_empty(batch, heads, value_width)
     if not out.numel():
         return out
-    sizes = tiling(width, value_width, heads // key_heads, query.element_size())
+    sizes = tiling(width, value_width, query.element_size())
     shares = max(1, triton.cdiv(longest, SHARE))
     split = shares > 1
     # with one share nobody reads these
@@ -181,7 +183,8 @@ def decode_attention(
     kind = {"SPLIT": split, "WIDEN": INTERPRETED}
     strides = (*keys.stride()[:3], *values.stride()[:3])
     numbers = (scale * LOG2_E, window, longest, heads, heads // key_heads, width, value_width)
-    decode_kernel[batch, key_heads, shares](
+    parts = triton.cdiv(heads // key_heads, sizes["QUERIES"])
+    decode_kernel[batch, key_heads * parts, shares](
         query, keys, values, lengths, out, partials, statistics, *strides, *numbers, **kind, **sizes, **OPTIONS
     )
     if split:

@@ -16,6 +16,7 @@ from rlhf_fast.commands.generate import (
     add_model_options,
     add_sampling_options,
     cache_tokens,
+    check_counts,
     load_policy,
     progress_bar,
     sampling_options,
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     add_model_options(parser)
     add_sampling_options(parser)
     args = parser.parse_args(argv)
+    check_counts("evaluate", args)
     _check(parser, args)
     if args.suite:
         return _safety(args)
@@ -121,7 +123,7 @@ def _safety(args: argparse.Namespace) -> int:
     from rlhf_fast.rewards.chat import connect
     from rlhf_fast.rewards.safety import by_judge, by_rules, evaluate_safety, suite_size
 
-    options = sampling_options(args) | {"seed": args.seed, "slots": args.batch_size}
+    options = sampling_options(args) | {"seed": args.seed, "slots": args.batch_size, "max_tokens": args.cache_tokens}
     judge = by_rules
     if args.judge is not None:
         cache = Path(args.output).with_suffix(".calls.jsonl") if args.output else None

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     add_model_options(parser)
     add_sampling_options(parser)
     args = parser.parse_args(argv)
+    check_counts("generate", args)
     if args.prompts and args.prompt:
         raise UserError("generate: give --prompts or --prompt, not both")
     if args.output and not args.prompts:
@@ -194,6 +195,13 @@ def file_to_file(
                 heard(rows)
     print(f"{written} responses in {output}", file=sys.stderr)
     return 0
+
+
+def check_counts(command: str, args: argparse.Namespace) -> None:
+    """Raise UserError for a number of responses or a batch of none, before a model is loaded."""
+    for name in ("n", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{command}: --{name} must be at least 1, got {getattr(args, name)}")
 
 
 def _prompts(policy: Policy, source: Any, args: argparse.Namespace, quiet: bool = False) -> list[Prompt]:

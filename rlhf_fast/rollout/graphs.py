@@ -48,6 +48,7 @@ class DecodeGraphs:
             return self.run(count, length)
         if self.cache.moves != self.moves:  # not the shape, to which it may have come back at other addresses
             self.graphs.clear()
+            self.pool = None  # it lives as long as its graphs
         key = (min(rounded_slots(count), self.cache.rows), min(rounded_keys(length), self.cache.length))
         if key not in self.graphs:
             try:
@@ -81,7 +82,8 @@ class DecodeGraphs:
             self.logits = logits.new_empty(len(self.integers), logits.shape[1])
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph, out = torch.cuda.CUDAGraph(), self.logits[:slots]
-        with torch.cuda.graph(graph, pool=self.pool):
+        # what another thread allocates meanwhile, for a reward model say, is its own
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out.copy_(self.run(slots, keys))
 
         def replay() -> Tensor:

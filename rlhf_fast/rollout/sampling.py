@@ -82,7 +82,8 @@ def sample(logits: Tensor, settings: Settings, uniforms: Tensor, seen: Tensor | 
         divisor = torch.where(divisor == 0, 1.0, divisor)
     logprobs = (logits / divisor if settings.tempered else logits).log_softmax(-1)
     if not settings.filtered:
-        token = logprobs.argmax(-1) if settings.some_greedy else None
+        # of the logits: two that differ in their last bit may have the same log-probability
+        token = logits.argmax(-1) if settings.some_greedy else None
         if not settings.greedy:
             drawn = invert_cdf(logprobs.exp(), uniforms)
             token = drawn if token is None else torch.where(settings.temperature[:, 0] == 0, token, drawn)

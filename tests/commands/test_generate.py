@@ -156,3 +156,9 @@ def test_a_users_mistake_is_one_line(model, arguments, told, capsys):
     assert generate(model, *arguments) == 2
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("command", "name"), [("generate", "n"), ("generate", "batch_size"), ("evaluate", "n")])
+def test_none_at_all_is_refused_before_a_model_is_loaded(command, name, capsys):
+    assert main([command, "no-such-model", f"--{name}", "0"]) == 2
+    assert f"{command}: --{name} must be at least 1, got 0" in capsys.readouterr().err

@@ -49,11 +49,12 @@ def measure(kernel, types: dict[str, str], constants: dict, capability: int) -> 
     """Compile one kernel as a launch with these arguments would, and read its SASS."""
     constants = dict(constants)
     warps = constants.pop("num_warps")
+    stages = {"num_stages": constants.pop("num_stages")} if "num_stages" in constants else {}
     kinds = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = {(i,): DIVISIBLE for i, kind in enumerate(kinds.values()) if kind.startswith("*") or kind.endswith(":16")}
     signature = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": True} | stages
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -65,6 +66,7 @@ def measure(kernel, types: dict[str, str], constants: dict, capability: int) -> 
     return {
         "instructions": path,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "local": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "wide_loads": sum(bool(re.match(r"LDG\.E\.\S*128", name)) for name in instructions),

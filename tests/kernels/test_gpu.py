@@ -47,7 +47,7 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, tuple[s
     values = {"values": normal(B, T), "mask": mask}
     rows, width = B * T // 8, 2 * D
     layer = {"w": normal(width, D) * D**-0.5, "a": normal(5, D).float() * D**-0.5, "b": normal(width, 5).float()}
-    cache = {"keys": normal(B, 2, T, D), "values": normal(B, 2, T, D)}
+    cache = {"keys": normal(B, 2, T, 2 * D), "values": normal(B, 2, T, 2 * D)}
     mlp = {"x": normal(rows, D), **layer, "down": normal(D, width) * width**-0.5}
     return {
         "token_logprobs": ({"logits": normal(B * T, V), "labels": labels, "entropy": True}, ("logits",)),
@@ -65,7 +65,7 @@ def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, tuple[s
         "dpo_loss": ({**pairs, "ref_chosen": normal(B), "ref_rejected": normal(B)}, ("chosen", "rejected")),
         "pairwise_reward_loss": (pairs, ("chosen", "rejected")),
         "ranked_reward_loss": (ranked, ("scores",)),
-        "decode_attention": ({"query": normal(B, 8, D), **cache, "lengths": lengths[:, 0]}, ()),
+        "decode_attention": ({"query": normal(B, 8, 2 * D), **cache, "lengths": lengths[:, 0]}, ()),
         "rms_norm": ({"x": normal(rows, D), "weight": normal(D)}, ("x", "weight")),
         "lora_linear": ({"x": normal(rows, D), **layer}, ("x", "a", "b")),
         "lora_mlp": (mlp, ("x", "a", "b")),

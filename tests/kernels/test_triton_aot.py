@@ -82,6 +82,11 @@ def test_no_kernel_spills(measurements):
     assert not spilled
 
 
+def test_every_kernel_fits_into_the_shared_memory_of_every_gpu(measurements):
+    """99 KiB a program on compute capability 8.6, 8.9 and 12.0, the least of all; a launch of more would fail there alone."""
+    assert not [m for m in measurements if m["shared"] > 99 * 1024]
+
+
 def aligned_rows(measurements):
     """The tiles of logits, but for rows of odd length: those are read one entry at a time."""
     logits = [m for m in measurements if m["family"].endswith("logprobs") and "odd" not in m["case"]]

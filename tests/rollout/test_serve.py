@@ -527,3 +527,28 @@ def test_many_concurrent_requests_each_get_their_own_answer(make_policy, serve, 
     assert [[a["choices"][0]["token_ids"]] for a in answers] == expected
     served.stop()
     assert not served.worker.is_alive()
+
+
+def test_a_chat_without_a_number_of_tokens_gets_what_fits_beside_its_prompt(make_policy, serve, tokenizer, monkeypatch):
+    """60 tokens of room, of which a prompt takes twice its own while its sample begins."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    served = serve(make_policy(), cache_tokens=60)
+    messages = [{"role": "user", "content": "a" * 15}]
+    body = {"messages": messages, "seed": 1}
+    answer = httpx2.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["usage"]["prompt_tokens"] > 60 / 4, answer
+    assert answer["usage"]["completion_tokens"] <= 60 - 2 * answer["usage"]["prompt_tokens"]
+
+
+def test_clients_hear_of_a_failure_whose_memory_cannot_be_given_back(make_policy, serve, monkeypatch):
+    served = serve(make_policy())
+
+    def fails(*_):
+        raise RuntimeError("the GPU is gone")
+
+    monkeypatch.setattr(served.worker.engine, "session", fails)
+    monkeypatch.setattr(served.worker.engine, "sleep", fails)
+    for _ in range(2):
+        assert "the GPU is gone" in refused(served, 500, prompt=[5])
+    monkeypatch.undo()
+    assert complete(served, prompt=[5])["choices"]

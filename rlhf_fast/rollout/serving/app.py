@@ -44,7 +44,7 @@ class Service:
         policy = models.policy
         self.tokenizer = policy.tokenizer
         vocabulary = policy.model.get_input_embeddings().num_embeddings
-        self.limits = Limits(context_length(policy.model), vocabulary, max_tokens)
+        self.limits = Limits(context_length(policy.model), vocabulary, max_tokens, room=worker.engine.max_tokens)
         self.started = int(time.time())
 
     # ---- generation

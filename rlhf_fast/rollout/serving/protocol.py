@@ -62,6 +62,7 @@ class Limits:
     context: int | None  # tokens of a prompt and its continuation; None is no limit
     vocabulary: int  # token ids are below it
     max_tokens: int = 32_768  # new tokens of one sample
+    room: int | None = None  # tokens held at once; a prompt counts twice when its sample begins
     max_samples: int = 1024  # prompts times n
 
 
@@ -89,7 +90,7 @@ def parse(body: Any, limits: Limits, tokenizer: Any, *, chat: bool) -> Call:
         raise ApiError(400, f"the body must be a JSON object, got {type(body).__name__}")
     _check_fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
     prompts = [_chat_prompt(body, tokenizer)] if chat else _prompts(body, tokenizer)
-    options = _sampling(body, limits, chat)
+    options = _sampling(body, limits, chat, max(map(len, prompts), default=0))
     _check_sizes(prompts, options, limits)
     stream_options = _get(body, "stream_options", dict, {})
     try:
@@ -141,9 +142,10 @@ def _number(body: dict[str, Any], name: str, default: float) -> float:
         raise ApiError(400, f"{name} is larger than any float", name) from error
 
 
-def _sampling(body: dict[str, Any], limits: Limits, chat: bool) -> dict[str, Any]:
-    """The options of every :class:`Request` of the call."""
-    default_tokens = limits.max_tokens if chat else 16
+def _sampling(body: dict[str, Any], limits: Limits, chat: bool, longest: int) -> dict[str, Any]:
+    """The options of every :class:`Request` of the call, whose longest prompt has ``longest`` tokens."""
+    left = limits.max_tokens if limits.room is None else min(limits.max_tokens, max(1, limits.room - 2 * longest))
+    default_tokens = left if chat else 16
     tokens = _get(body, "max_completion_tokens", int, _get(body, "max_tokens", int, None))
     stop = _get(body, "stop", (str, list), [])
     stop = [stop] if isinstance(stop, str) else stop

@@ -121,7 +121,7 @@ class Worker(threading.Thread):
 
     Args:
         engine: with ``session()`` and ``role``, such as the slot engine.
-        max_waiting: jobs that may wait; further ones are refused.
+        max_waiting: jobs that may wait or be under way; further ones are refused.
     """
 
     def __init__(self, engine: Any, max_waiting: int = 8192) -> None:
@@ -145,7 +145,8 @@ class Worker(threading.Thread):
                 raise ApiError(503, "the server is shutting down")
             if self.asleep:
                 raise ApiError(503, "the server sleeps; POST /wake_up first")
-            if len(self._queue) >= self.max_waiting:
+            # an open session takes what waits for its model out of the queue before it can begin it
+            if len(self._queue) + len(self.running) >= self.max_waiting:
                 raise ApiError(429, f"{self.max_waiting} requests wait already; try again later")
             self._queue.append(job)
             self._changed.notify()
@@ -227,7 +228,10 @@ class Worker(threading.Thread):
             failure = error
         if failure is not None:
             # here, where nothing holds what the failed step held any more: an engine that ran out of memory needs it back
-            self.engine.sleep()
+            try:
+                self.engine.sleep()
+            except Exception:  # a GPU that has failed for good fails here again, and the clients wait
+                logger.exception("the engine's memory was not given back")
             for job in {*newcomers, *running.values()}:
                 job.deliver(-1, failure)
             running.clear()
