@@ -542,11 +542,11 @@ def longest_kept(config: Any) -> int:
     return min(1 << 20, 1 << max(11, kept.bit_length() - 1))
 
 
-def ours(job: Job, scratch: Path) -> dict[str, Any]:
+def our_trainer(job: Job, scratch: Path) -> Any:
+    """The trainer of a job, ready to train into ``scratch/run``."""
     import torch
 
     import rlhf_fast
-    from rlhf_fast.run.metrics import read_metrics
 
     names = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO", "reward": "Reward"}
     common = common_settings(job)
@@ -567,11 +567,17 @@ def ours(job: Job, scratch: Path) -> dict[str, Any]:
     if job.method in ("ppo", "grpo"):
         common |= {"rollout_batch_size": job.work.batch, "max_prompt_length": None}
     config = getattr(rlhf_fast, f"{names[job.method]}Config")(
-        output_dir=str(scratch / "run"), **common, **settings(job)
+        output_dir=str(scratch / "run"), **{**settings(job), **common}
     )
-    trainer = getattr(rlhf_fast, f"{names[job.method]}Trainer")(
+    return getattr(rlhf_fast, f"{names[job.method]}Trainer")(
         job.folder, args=config, train_dataset=rows_of(job), **arguments
     )
+
+
+def ours(job: Job, scratch: Path) -> dict[str, Any]:
+    from rlhf_fast.run.metrics import read_metrics
+
+    trainer = our_trainer(job, scratch)
     clock, after_step = Clock(job), trainer.after_step
 
     def stamped() -> None:
