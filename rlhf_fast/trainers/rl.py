@@ -116,7 +116,7 @@ class RLTrainer(Trainer):
         if self.memory_plan is not None:
             return self.memory_plan.job.rollout_batch_size * self.memory_plan.job.length
         # what is free differs from run to run, and with it who is written beside whom
-        return (self.args.rollout_batch_size + 1) * self.sizes()["length"] if self.args.deterministic else None
+        return 2 * self.args.rollout_batch_size * self.sizes()["length"] if self.args.deterministic else None
 
     def examples(self, record: Experience) -> list[Example]:
         return [record.example]

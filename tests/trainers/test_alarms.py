@@ -81,8 +81,8 @@ def test_a_sentence_says_what_was_found_what_is_allowed_and_what_to_do():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_that_rings_is_not_taken_and_the_run_goes_on_from_before_it(kind, trainer, run):
     """The second pass over the first batch. With the limit raised, the end is that of a run where nothing rang."""
-    whole = run(trainer(kind))
-    stopped = trainer(kind, alarm_limits={"kl": 1e-9})
+    whole = run(trainer(kind, logging_steps=2))
+    stopped = trainer(kind, logging_steps=2, alarm_limits={"kl": 1e-9})
     after, step = [], stopped.after_step
     stopped.after_step = lambda: (after.append([p.detach().clone() for p in stopped.parameters]), step())
     with pytest.raises(StepRefused, match=f"step 2 is not taken: {KL}1e-09.*saved at step 1; continue with --resume"):
@@ -92,7 +92,7 @@ def test_a_step_that_rings_is_not_taken_and_the_run_goes_on_from_before_it(kind,
     out = stopped.args.output_dir
     assert [p.name for p in list_checkpoints(Path(out) / "checkpoints")] == ["step-00000001"]
     assert read_record(out)[-1]["outcome"].startswith("failed: StepRefused: step 2 is not taken")
-    again = trainer(kind, output_dir=out)
+    again = trainer(kind, logging_steps=2, output_dir=out)
     resumed = run(again, resume_from_checkpoint=True)
     assert resumed.steps == whole.steps
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())

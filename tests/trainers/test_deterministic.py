@@ -156,7 +156,7 @@ def test_rollouts_hold_as_many_tokens_whatever_memory_is_free(make_model, tokeni
         return GRPOTrainer(make_model(), "random", args, train_dataset=PROMPTED, processing_class=tokenizer)
 
     trainer = made(True)
-    assert trainer.engine.max_tokens == trainer.rollout_tokens == 5 * trainer.sizes()["length"]
+    assert trainer.engine.max_tokens == trainer.rollout_tokens == 8 * trainer.sizes()["length"]
     assert made(False).engine.max_tokens is None
 
 
