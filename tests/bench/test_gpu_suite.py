@@ -21,6 +21,7 @@ AT_LEAST = {
     "tests of layers on a GPU": 18,
     "tests of logprobs": 80,
     "tests of linear_logprobs": 300,
+    "tests of attention": 25,
     "tests of advantages": 40,
     "tests of policy": 150,
     "tests of kl": 35,
@@ -64,7 +65,7 @@ def test_every_step_selects_tests_that_use_the_backends_of_a_gpu():
 
 def test_compute_sanitizer_gets_every_operation_on_both_backends():
     tests = collected(*gpu_suite.SANITIZED)
-    assert len(tests) >= 2 * 18
+    assert len(tests) >= 2 * 19
     assert all("float32" in test for test in tests)
 
 
