@@ -129,7 +129,7 @@ def other_field(state):
         (without("scheduler.last_epoch", "sampler.cursor"), r"its fields are others \(KeyError: 'cursor'\), without"),
         (other_field, "its fields are others .*unexpected keyword argument 'surprise'"),
     ],
-    ids=str,
+    ids=["data order", "price of KL", "plan", "ranks", "cursor", "another field"],
 )
 def test_one_that_lacks_more_is_refused_with_what_to_do(change, said, saved, make):
     folder, _ = saved("ppo", change)
