@@ -202,6 +202,8 @@ def main() -> None:
     with contextlib.suppress(ImportError):  # for bases in 4 bit
         importlib.import_module("bitsandbytes")
     torch.set_num_threads(1)
+    # who starts the tests in the background has it ignored, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("ready", flush=True)
     for line in sys.stdin:
         reader, writer = os.pipe()
