@@ -52,15 +52,6 @@ RF_LOOP void multiply(float* x, int64_t n, float factor) {
   }
 }
 
-RF_LOOP float largest(const float* x, int64_t n) {
-  float max = -infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; i++) {
-    max = x[i] > max ? x[i] : max;
-  }
-  return max;
-}
-
 // 2^(x - shift) in place of each x; returns their sum.
 RF_LOOP float exponentials(float* x, int64_t n, float shift) {
   float sum = 0.0f;
@@ -105,7 +96,7 @@ struct Softmax {
 void raise(Softmax& state, float* scores, int64_t queries, int64_t n, int64_t width) {
   for (int64_t q = 0; q < queries; q++) {
     float* mine = scores + q * BLOCK;
-    const float block = largest(mine, n);
+    const float block = block_max(mine, n);
     if (block > state.top[q]) {
       const float faded = fast_exp2(state.top[q] - block);
       state.total[q] *= faded;

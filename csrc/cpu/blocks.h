@@ -51,6 +51,15 @@ RF_LOOP void narrow_to_half(const float* x, int64_t n, uint16_t* out) {
   }
 }
 
+RF_LOOP float block_max(const float* x, int64_t n) {
+  float max = -infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; i++) {
+    max = x[i] > max ? x[i] : max;
+  }
+  return max;
+}
+
 // `n` numbers as float32: where they are, if they are that already, else in `buffer`.
 const float* widened(const void* source, Dtype dtype, int64_t n, float* buffer) {
   if (dtype == Dtype::float32) {

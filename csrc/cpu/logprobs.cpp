@@ -27,15 +27,6 @@ RF_LOOP void soft_clip_block(const float* x, int64_t n, float scale, float softc
   }
 }
 
-RF_LOOP float block_max(const float* x, int64_t n) {
-  float max = -infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; i++) {
-    max = x[i] > max ? x[i] : max;
-  }
-  return max;
-}
-
 struct BlockSum {
   double sum;
   double weighted;

@@ -48,7 +48,9 @@ def decode_attention(
     places = keys.shape[2]
     longest = places if longest is None else min(longest, places)
     window = places if window is None else min(window, places)
-    query, keys, values = (x.detach() for x in (query, keys, values))
+    # kernels read rows of numbers that lie side by side, wherever the rows lie
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys.detach(), values.detach()))
+    query = query.detach().contiguous()
     return _decode_attention(query, keys, values, lengths, scale, window, longest)
 
 

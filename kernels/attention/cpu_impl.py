@@ -38,15 +38,14 @@ def decode_attention(
     """Return (B, H, dv) in the type of ``query``.
 
     Args:
-        query: (B, H, d) float32, bfloat16 or float16.
-        keys, values: (R, Hk, S, d) and (R, Hk, S, dv) of the same type, read in place where their last dimension is contiguous.
+        query: (B, H, d) float32, bfloat16 or float16, contiguous.
+        keys, values: (R, Hk, S, d) and (R, Hk, S, dv) of the same type, their last dimension contiguous.
         lengths: (B,) integers.
         scale: of the scores.
         window, longest: at most S.
     Raises:
         ValueError: a length is negative or above ``longest``.
     """
-    query, keys, values = query.contiguous(), _rows(keys), _rows(values)
     lengths = lengths.to(torch.int64).contiguous()
     out = query.new_empty(*query.shape[:2], values.shape[3])
     _C.cpu.decode_attention(
@@ -67,7 +66,3 @@ def decode_attention(
         torch.get_num_threads(),
     )
     return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -167,7 +167,6 @@ def combine_kernel(
 def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, window: int, longest: int
 ) -> Tensor:
-    query, keys, values = query.contiguous(), _rows(keys), _rows(values)
     batch, heads, width = query.shape
     key_heads, value_width = keys.shape[1], values.shape[3]
     out = query.new_empty(batch, heads, value_width)
@@ -193,7 +192,3 @@ def decode_attention(
         numbers = (window, longest, shares, value_width)
         combine_kernel[batch, heads](partials, statistics, lengths, out, *numbers, **options, **OPTIONS)
     return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -30,25 +30,23 @@ def shaped_rewards_figures(scores: Tensor, rewards: Tensor, kl: Tensor, count: i
     }
 
 
-def clipped_policy_figures(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PPO's, of the ``metrics`` of :func:`rlhf_fast.kernels.policy_loss`."""
-    names = {
-        "policy/approxkl_avg": "approx_kl",
-        "policy/clipfrac_avg": "clip_region",
-        "val/ratio": "ratio_mean",
-        "kl": "kl",
-    }
-    return {name: metrics[key] for name, key in names.items() if key in metrics}
+# what the metrics of the policy losses are logged as: PPO's, of kernels.policy_loss, and GRPO's, of losses.policy.group_policy_loss
+PPO_POLICY = {
+    "policy/approxkl_avg": "approx_kl",
+    "policy/clipfrac_avg": "clip_region",
+    "val/ratio": "ratio_mean",
+    "kl": "kl",
+}
+GRPO_POLICY = {
+    "clip_ratio/low_mean": "clip_low",
+    "clip_ratio/high_mean": "clip_high",
+    "clip_ratio/region_mean": "clip_region",
+    "kl": "kl",
+}
 
 
-def group_policy_figures(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GRPO's, of the ``metrics`` of :func:`rlhf_fast.losses.policy.group_policy_loss`."""
-    names = {
-        "clip_ratio/low_mean": "clip_low",
-        "clip_ratio/high_mean": "clip_high",
-        "clip_ratio/region_mean": "clip_region",
-        "kl": "kl",
-    }
+def policy_figures(metrics: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Those of ``metrics`` that there are, under the ``names`` of an algorithm."""
     return {name: metrics[key] for name, key in names.items() if key in metrics}
 
 

@@ -21,7 +21,7 @@ from rlhf_fast.kernels.policy import LEVELS
 from rlhf_fast.losses.policy import LOSS_TYPES, Options, check, group_policy_loss
 
 from .config import RLConfig, at_least, one_of
-from .figures import group_policy_figures
+from .figures import GRPO_POLICY, policy_figures
 from .groups import ALIKE, BASELINES, SCALES, group_deviations, group_metrics, relative_advantages
 from .importance import distance
 from .lagrangian import CostConfig
@@ -223,7 +223,7 @@ class GRPOTrainer(RLTrainer):
         tokens = sum(map(self.size, records))
         if old_logprobs is not None:  # else the policy has not moved
             self.watch_policy(metrics, tokens / window.tokens)
-        figures = group_policy_figures(metrics) | {"entropy": (entropy * mask).sum() / max(tokens, 1)}
+        figures = policy_figures(metrics, GRPO_POLICY) | {"entropy": (entropy * mask).sum() / max(tokens, 1)}
         rollout = packed(records, "rollout_logprobs", batch)
         if old_logprobs is None and rollout is not None:  # these are the policy's own of when it sampled
             figures |= distance(logprobs, rollout, mask)

@@ -24,7 +24,7 @@ from rlhf_fast.rewards.model import attach_reward_models
 from rlhf_fast.rollout import Engine
 
 from .config import RLConfig, above, at_least, one_of
-from .figures import clipped_policy_figures, explained_variance, shaped_rewards_figures
+from .figures import PPO_POLICY, explained_variance, policy_figures, shaped_rewards_figures
 from .rl import RLTrainer
 from .scores import Scores, kl_factor, leave_out_unscored, punish_overlong, punish_unfinished, whiten_over_ranks
 from .trainer import Window
@@ -216,7 +216,7 @@ class PPOTrainer(RLTrainer):
                 denominator=window.tokens,
                 cu_seqlens=batch.cu_seqlens,
             )
-            figures = clipped_policy_figures(metrics) | {"loss/policy_avg": loss.detach() * whole}
+            figures = policy_figures(metrics, PPO_POLICY) | {"loss/policy_avg": loss.detach() * whole}
             figures["objective/entropy"] = entropy.detach().sum() / max(tokens, 1)
             self.watch_policy(metrics, tokens / window.tokens)
             yield loss, figures, tokens
